@@ -1,0 +1,200 @@
+"""What is done to all notebooks: export, execute, clean, README (`export`, `readme`) and test (`test`). Needs the `dev` extra, no Quarto."""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, README, SECONDS = ROOT / "nbs", ROOT / "README.md", ROOT / ".seconds.json"
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+AT_A_TIME = 2
+
+
+def notebooks():
+    "The notebooks that are taught from, in reading order; those of `nbs/runs` are papermill's."
+    found = (p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+    return sorted(p for p in found if NBS / "runs" not in p.parents)
+
+
+def front_matter(cells):
+    "The YAML in a leading raw cell, {} where there is none."
+    import yaml
+
+    source = "".join(cells[0]["source"]) if cells and cells[0]["cell_type"] == "raw" else ""
+    return (yaml.safe_load(source.strip().strip("-")) or {}) if source.startswith("---") else {}
+
+
+# ---------------------------------------------------------------- export
+
+
+def settle(nb):
+    "Outputs as they are committed: no live widgets (the static picture stands beside each), no noise of stderr."
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            kept = [o for o in cell.outputs if WIDGET not in o.get("data", {}) and o.get("name") != "stderr"]
+            cell.outputs = [o for o in kept if o.output_type != "stream" or o.text.strip()]
+
+
+async def execute(path, gate):
+    "Run a notebook in a kernel of its own, in its own folder, and write it with its outputs; False when a cell failed."
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    nb = nbformat.read(path, as_version=4)
+    name = path.relative_to(ROOT)
+    if front_matter(nb.cells).get("skip_exec"):
+        print(f"  {name}: not executed (skip_exec)", flush=True)
+        return True
+    async with gate:
+        started = time.perf_counter()
+        # the kernel would warn each time that its ports on this machine are not encrypted, which is what Jupyter does
+        client = NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+                                store_widget_state=False, coalesce_streams=True, extra_arguments=["--log-level=40"])  # fmt: skip
+        try:
+            await client.async_execute()
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
+            print(f"  {name}: FAILED, left as it was\n{e}", flush=True)
+            return False
+    settle(nb)
+    nbformat.write(nb, path)
+    print(f"  {name}: {time.perf_counter() - started:.1f} s", flush=True)
+    return True
+
+
+async def execute_all(paths):
+    "Execute notebooks, two at a time; those that failed."
+    gate = asyncio.Semaphore(AT_A_TIME)
+    done = await asyncio.gather(*(execute(p, gate) for p in paths))
+    return [p for p, ok in zip(paths, done) if not ok]
+
+
+def export(paths, run):
+    "Library, outputs, clean notebooks, README. Returns the notebooks that failed."
+    from nbdev.clean import nbdev_clean
+    from nbdev.doclinks import nbdev_export
+
+    print("exporting", flush=True)
+    nbdev_export.__wrapped__()
+    failed = []
+    if run:
+        chosen = paths or notebooks()
+        print(f"executing {len(chosen)} notebooks, {AT_A_TIME} at a time", flush=True)
+        failed = asyncio.run(execute_all(chosen))
+    print("cleaning", flush=True)
+    nbdev_clean.__wrapped__()
+    print("writing README.md", flush=True)
+    README.write_text(readme(), encoding="utf-8")
+    return failed
+
+
+# ---------------------------------------------------------------- readme
+
+
+def from_top(link):
+    "A link of `nbs/index.ipynb` as it reads from the top level."
+    if re.match(r"[a-z]+:|#|/", link):
+        return link
+    return os.path.normpath(os.path.join("nbs", link)).replace(os.sep, "/")
+
+
+def readme():
+    "README.md as `nbs/index.ipynb` says it: its cells in Markdown, `#| hide` ones left out, links rewritten."
+    import nbformat
+    from nbconvert import MarkdownExporter
+
+    nb = nbformat.read(NBS / "index.ipynb", as_version=4)
+    nb.cells = [c for c in nb.cells if c.cell_type != "raw" and not c.source.startswith("#| hide")]
+    text, resources = MarkdownExporter().from_notebook_node(nb)
+    if resources.get("outputs"):
+        sys.exit("nbs/index.ipynb shows a picture as an output; put it into nbs/images and refer to it by a Markdown image")
+    text = re.sub(r"(\]\()([^)\s]+)(?=[)\s])", lambda m: m[1] + from_top(m[2]), text)
+    text = re.sub(r'((?:src|href)=")([^"]+)(?=")', lambda m: m[1] + from_top(m[2]), text)
+    body = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()
+    return f"<!-- Made from nbs/index.ipynb by `make export`: edit that. -->\n\n{body}\n"
+
+
+def stale():
+    "Is README.md another text than `nbs/index.ipynb` gives?"
+    return not README.is_file() or README.read_text(encoding="utf-8") != readme()
+
+
+# ---------------------------------------------------------------- test
+
+
+def test_in_order():
+    "nbdev_test over all notebooks; their seconds, rounded up, go into `.seconds.json`, which tests/test_house.py reads."
+    SECONDS.unlink(missing_ok=True)
+    command = [Path(sys.executable).parent / "nbdev_test", "--timing", "--do_print", "--n_workers", str(AT_A_TIME)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    seconds = {}
+    for line in child.stdout:
+        print(line, end="", flush=True)
+        if found := re.fullmatch(r"(\S+\.ipynb): (\d+) secs", line.strip()):
+            seconds[found[1]] = int(found[2]) + 1
+    if child.wait() == 0:
+        SECONDS.write_text(json.dumps(seconds, indent=1, sort_keys=True) + "\n")
+    return child.returncode == 0
+
+
+def test_shuffled(seed):
+    "The same notebooks once in a random order: workers keep what earlier notebooks left in their process."
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+
+    paths = notebooks()
+    random.Random(seed).shuffle(paths)
+    print(f"random order, seed {seed} (again: .ci/notebooks.py test --random {seed})", flush=True)
+    with ProcessPoolExecutor(AT_A_TIME) as workers:  # a notebook replaces __main__ in its worker, so the task is nbdev's own function
+        results = workers.map(partial(test_nb, skip_flags=get_config().tst_flags.split(), basepath=ROOT), paths)
+        failed = []
+        for path, (ok, seconds) in zip(paths, results):
+            print(f"{path.name}: {'' if ok else 'FAILED, '}{seconds:.1f} secs", flush=True)
+            failed += [] if ok else [path.name]
+    print(f"failed: {', '.join(failed)}" if failed else "Success.", flush=True)
+    return not failed
+
+
+# ---------------------------------------------------------------- command line
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(prog=".ci/notebooks.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("export", help="nbdev_export, execute, clean, README.md")
+    sub.add_argument("paths", nargs="*", type=lambda p: Path(p).resolve(), help="execute these notebooks only (default: all but nbs/runs)")
+    sub.add_argument("--no-execute", action="store_true", help="keep the outputs that the notebooks have")
+    sub = commands.add_parser("readme", help="make README.md from nbs/index.ipynb")
+    sub.add_argument("--check", action="store_true", help="write nothing; exit with 1 when it is stale")
+    sub = commands.add_parser("test", help="nbdev_test of all notebooks")
+    sub.add_argument("--random", nargs="?", type=int, const=-1, metavar="SEED", help="in a random order instead, workers sharing state")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    os.chdir(ROOT)
+    os.environ.update(THREADS, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    if args.command == "export":
+        failed = export(args.paths, not args.no_execute)
+        return f"failed: {', '.join(str(p.relative_to(ROOT)) for p in failed)}" if failed else 0
+    if args.command == "readme" and args.check:
+        return "README.md is stale; run `make export`, or .ci/notebooks.py readme" if stale() else 0
+    if args.command == "readme":
+        return README.write_text(readme(), encoding="utf-8") and 0
+    seed = random.randrange(10_000) if args.random == -1 else args.random
+    return int(not (test_in_order() if seed is None else test_shuffled(seed)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
