@@ -36,5 +36,5 @@ $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is %d.%d; say make PYTHON=python3.11, for example" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	@echo "setting up .venv (several GB the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@

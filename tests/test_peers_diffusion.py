@@ -75,11 +75,14 @@ def their(kind, process, clip=True, exact=True, **settings):
 )
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_betas(name, theirs, steps):
-    "The discretisation is the same: they differ by the rounding to float32, absolute for the betas computed as 1 - ratio in float64."
+    """The discretisation is the same, the rounding is not: theirs is float32.
+
+    Measured: betas within 3e-7; products within 1.4e-5, worst after the cosine's capped beta, where 1 - 0.999 loses digits.
+    """
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=steps, beta_schedule=theirs)
     ours = schedules.make(name, steps)
     assert torch.allclose(ours, scheduler.betas.double(), rtol=5e-7, atol=0)
-    assert torch.allclose(Schedule(ours).abar, scheduler.alphas_cumprod.double(), rtol=5e-5, atol=0)
+    assert torch.allclose(Schedule(ours).abar, scheduler.alphas_cumprod.double(), rtol=2e-5, atol=0)
 
 
 def test_sigmoid_is_another_schedule_there():
@@ -214,10 +217,16 @@ def test_ddim_with_an_eps_from_before_the_clip_is_another_sampler():
 
 
 @both_schedules
-@pytest.mark.parametrize("dtype, close", [(torch.float64, 2e-3), (torch.float32, 2e-3)], ids=["float64", "float32"])
-def test_ddim_as_installed(name, dtype, close):
-    "With diffusers' own float32 table: 1 - abar is off there by parts in ten thousand at small t, and the last steps show it."
-    process = Diffusion(Schedule(schedules.make(name, T)), "v")
+@every_prediction
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_ddim_as_installed(name, predict, dtype):
+    """With diffusers' own float32 table, and with float32 images too.
+
+    Measured: 2.2e-5 where x0 is predicted on the cosine schedule (its eps is divided by √(1 - abar), which that table rounds at small t),
+    below 1e-5 elsewhere.
+    """
+    close = 5e-5 if (predict, name) == ("x0", "cosine") else CLOSE
+    process = Diffusion(Schedule(schedules.make(name, T)), predict)
     steps, net, x_T = ours(samplers.ddim, process, True, dtype)
     peer = their(diffusers.DDIMScheduler, process, exact=False)
     peer.set_timesteps(STEPS)

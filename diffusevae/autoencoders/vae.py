@@ -48,7 +48,8 @@ def draw_codes(prior, n, seeds=None):
         return prior.sample(n)
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} samples; give one for each")
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    devices = {v.device for v in (*prior.parameters(), *prior.buffers()) if v.is_cuda}
+    with torch.random.fork_rng(devices=devices):
         # negative seeds, so that a code never repeats the numbers of a sampler's noise, whose seeds are not negative
         return torch.cat([(torch.manual_seed(-1 - int(s)), prior.sample(1))[1] for s in seeds])
 

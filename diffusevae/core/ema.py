@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['decay_at', 'Ema']
 
-# %% ../../nbs/0_core/05_ema.ipynb #05-ema-02
+# %% ../../nbs/0_core/05_ema.ipynb #05-ema-03
 from contextlib import contextmanager
 
 import torch
 
-# %% ../../nbs/0_core/05_ema.ipynb #05-ema-03
+# %% ../../nbs/0_core/05_ema.ipynb #05-ema-05
 def decay_at(step, largest):
     "The decay of the average at step 0, 1, …: (1 + k) / (10 + k), at most `largest`, in [0, 1)."
     return min(largest, (1 + step) / (10 + step))
 
-# %% ../../nbs/0_core/05_ema.ipynb #05-ema-04
+# %% ../../nbs/0_core/05_ema.ipynb #05-ema-08
 class Ema:
     """A running average of `parameters`, at first their values, whose decay grows up to `decay` (`decay_at`).
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Progress', 'read_log', 'Log', 'check_finite', 'bar']
 
-# %% ../../nbs/0_core/04_logs.ipynb #04-logs-02
+# %% ../../nbs/0_core/04_logs.ipynb #04-logs-03
 import json
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 
 from .checkpoints import whole_file
 
-# %% ../../nbs/0_core/04_logs.ipynb #04-logs-03
+# %% ../../nbs/0_core/04_logs.ipynb #04-logs-05
 @dataclass(frozen=True)
 class Progress:
     """What happened in a step of training.
@@ -42,7 +42,7 @@ class Progress:
         numbers = {"step": self.step, "seconds": round(self.seconds, 3), "lr": self.lr, "grad_norm": float(self.grad_norm)}
         return {**numbers, **{k: float(v) for k, v in self.terms.items()}, **(self.validation or {})}
 
-# %% ../../nbs/0_core/04_logs.ipynb #04-logs-04
+# %% ../../nbs/0_core/04_logs.ipynb #04-logs-08
 def read_log(run_dir):
     """The rows of a run's `metrics.jsonl`, a dict a row, [] where there is none; a last line cut short by a kill is left out.
 
@@ -58,7 +58,7 @@ def read_log(run_dir):
                 raise ValueError(f"{path} is damaged in line {number}; delete that line, or the file, and start again") from e
     return rows
 
-# %% ../../nbs/0_core/04_logs.ipynb #04-logs-05
+# %% ../../nbs/0_core/04_logs.ipynb #04-logs-11
 class Log:
     """Rows of numbers to `metrics.jsonl` and to TensorBoard's events in a run's folder; what is after step `after` is cut off first.
 
@@ -85,14 +85,14 @@ class Log:
         self.file.close()
         self.board.close()
 
-# %% ../../nbs/0_core/04_logs.ipynb #04-logs-06
+# %% ../../nbs/0_core/04_logs.ipynb #04-logs-18
 def check_finite(terms, step, path):
     "Raises FloatingPointError that names the `step` and those of the `terms` that are no finite number; `path` is the last checkpoint."
     if bad := [f"{k} is {float(v)}" for k, v in terms.items() if not math.isfinite(v)]:
         kept = f"{path} holds the last good state" if Path(path).is_file() else "no checkpoint was due before"
         raise FloatingPointError(f"step {step}: {', '.join(bad)}; {kept}; start over in an empty folder with a lower lr or clip, or a longer warmup")
 
-# %% ../../nbs/0_core/04_logs.ipynb #04-logs-07
+# %% ../../nbs/0_core/04_logs.ipynb #04-logs-21
 def bar(records, total, what="training"):
     "The same records, with a progress bar that shows the step and the loss; the loss is read only when the bar is drawn."
     from tqdm import tqdm

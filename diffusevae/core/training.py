@@ -162,7 +162,7 @@ class Trainer:
         terms, norm = optimize(self.system, batch, self.optimizers, self.parameters, s.clip)
         self.ema.update(self.step)
         self.step += 1
-        if self.device.type == "cpu" or self.due(s.log_every) or self.due(s.validate_every):  # a look stalls other devices
+        if terms["loss"].is_cpu or self.due(s.log_every) or self.due(s.validate_every):  # a look stalls other devices
             check_finite({**terms, "gradient norm": norm}, self.step, self.last)
         checked = judge(self) if self.validation and self.due(s.validate_every) else None
         self.seconds += time.perf_counter() - started

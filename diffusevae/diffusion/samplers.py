@@ -47,7 +47,7 @@ class Noise:
     `stream`, 0 or 1, keeps draws for different purposes apart. Raises ValueError when the seeds are not one for each sample.
     """
 
-    def __init__(self, shape, seeds=None, stream=0, device="cpu"):
+    def __init__(self, shape, seeds=None, stream=0, device=None):
         if seeds is not None and len(seeds) != shape[0]:
             raise ValueError(f"{len(seeds)} seeds for {shape[0]} samples; give one for each")
         self.shape, self.device = shape, device
@@ -56,7 +56,7 @@ class Noise:
     def __call__(self):
         if self.generators is None:
             return torch.randn(self.shape, device=self.device)
-        return torch.stack([torch.randn(self.shape[1:], generator=g) for g in self.generators]).to(self.device)
+        return torch.stack([torch.randn(self.shape[1:], generator=g) for g in self.generators]).to(device=self.device)
 
 # %% ../../nbs/3_diffusion/34_samplers.ipynb #34-samplers-18
 @dataclass(frozen=True)

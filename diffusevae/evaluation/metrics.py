@@ -77,7 +77,7 @@ def share_inside(points, centres, radii, block=512):
     return float(torch.cat(inside).double().mean())
 
 # %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-20
-def precision_recall(real, fake, k=3, device="cpu"):
+def precision_recall(real, fake, k=3, device="auto"):
     """(precision, recall) of features: the share of fake ones in the real ones' balls, which reach to the k-th neighbour, and the reverse.
 
     Source: Kynkäänniemi et al. 2019, equations 1 and 2. Raises ValueError unless both have more than k rows.

@@ -74,7 +74,7 @@ class TwoForms(nn.Module):
         y_T, cond = first_y(self.process, x_hat, noise, start), self.cond(x_hat, z)
         return samplers.by_name[sampler](self.model(x_hat), self.process, y_T, cond=cond, seeds=seeds, start=start, **walk)
 
-# %% ../../nbs/4_hybrid/41_diffusevae.ipynb #41-diffusevae-24
+# %% ../../nbs/4_hybrid/41_diffusevae.ipynb #41-diffusevae-25
 @configured
 class DiffuseVAE(TwoForms):
     """A `vae` that draws x̂, frozen from now on, and a `denoiser` that refines it, conditioned on x̂ (and on z with `use_z`).
