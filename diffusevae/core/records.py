@@ -18,11 +18,9 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
 import diffusevae
 from .checkpoints import write_json
-from .layers import pick_device
+from .layers import device_name
 from .parameters import checked, find, given_in, kinds, known, notebooks, parameters_of, parsed  # noqa: F401
 
 # %% ../../nbs/0_core/08_records.ipynb #08-records-05
@@ -57,10 +55,9 @@ def _versions():
 def _device(name):
     "What a `device` parameter stands for here, in words; a name that does not exist stays as it is, since the run itself will say so."
     try:
-        device = pick_device(name)
+        return device_name(name)
     except ValueError:
         return name
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
 
 # %% ../../nbs/0_core/08_records.ipynb #08-records-08
 def new_record(notebook, parameters, status="running", **more):

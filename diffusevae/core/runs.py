@@ -48,14 +48,23 @@ def _papermill(path, output, values):
     import papermill
 
     source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (path, output))
-    papermill.execute_notebook(source, target, parameters=values, progress_bar=False, kernel_name="python3", cwd=os.getcwd(), start_timeout=300)
+    papermill.execute_notebook(source, target, parameters=values, progress_bar=False, kernel_name="python3", cwd=os.getcwd(), start_timeout=300,
+                               extra_arguments=["--IPKernelApp.log_level=CRITICAL"])  # fmt: skip
 
 # %% ../../nbs/0_core/09_runs.ipynb #09-runs-10
+def _make(folder):
+    "Make a run's folder. OSError in one sentence where that cannot be."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(f"the folder {folder} cannot be made: {e.strerror}; choose another that can be written") from e
+
+
 def _execute(path, run_dir, values):
     "What happens in the kernel is in the record that the kernel writes; what happens to the kernel is put there afterwards."
     from papermill import PapermillExecutionError
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    _make(run_dir)
     try:
         with _watched(run_dir):
             _papermill(path, run_dir / path.name, values)
@@ -94,11 +103,11 @@ def _watched(run_dir):
 
 
 def _show(run_dir, over):
-    "Draw the progress that the record tells until `over`: twice a second on a terminal, once a minute into a file."
+    "Draw the progress that the record tells until `over`: twice a second on a terminal, every ten seconds into a file."
     from tqdm import tqdm
 
     with tqdm(total=1, desc=f"{run_dir.name}: starting", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}") as line:
-        while not over.wait(0.5 if sys.stderr.isatty() else 60):
+        while not over.wait(0.5 if sys.stderr.isatty() else 10):
             if p := (read_record(run_dir) or {}).get("progress"):
                 line.total, line.n = p["total"], p["step"]
                 loss = "" if p["loss"] is None else f", loss {p['loss']:.4g}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['may_change', 'Settings', 'lr_at', 'split', 'epoch_order', 'rows_of_step', 'make_batch', 'optimizers_of', 'optimize',
-           'validate', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train']
+           'validate', 'Trainer', 'judge', 'laid_out_as', 'identity', 'keep', 'resume', 'train']
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-03
 import functools
@@ -60,8 +60,7 @@ class Settings:
 def lr_at(step, settings):
     "The learning rate of step 0, 1, …: linear warm-up, then constant or half a cosine to 0. Source: Loshchilov and Hutter 2017, equation 5."
     warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    fall = (1 + math.cos(math.pi * step / settings.steps)) / 2 if settings.schedule == "cosine" else 1.0
-    return settings.lr * warm * fall
+    return settings.lr * warm * ((1 + math.cos(math.pi * step / settings.steps)) / 2 if settings.schedule == "cosine" else 1.0)
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-14
 def split(images, fraction, seed=0):
@@ -87,8 +86,7 @@ def rows_of_step(step, n, batch_size, seed):
 # %% ../../nbs/0_core/06_training.ipynb #06-training-19
 def make_batch(images, rows, flip=False):
     "The images of `rows` as a `Batch` on their device, floats in [-1, 1]; `flip` mirrors each with probability one half."
-    rows = rows.to(images.images.device)
-    part = images[rows]
+    part = images[rows := rows.to(images.images.device)]
     x = to_float(part.images)
     if flip:
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
@@ -132,7 +130,6 @@ def validate(system, images, batch_size, seed=0):
 # %% ../../nbs/0_core/06_training.ipynb #06-training-31
 class Trainer:
     "A training between two steps: system, averaged weights, optimizers, and how far it has come. `train` below is the loop around it."
-
     def __init__(self, system, images, settings, run_dir):
         self.settings, self.run_dir, self.device = settings, Path(run_dir), pick_device(settings.device)
         self.system, self.last = system.to(self.device), self.run_dir / "last.safetensors"
@@ -162,7 +159,7 @@ class Trainer:
         terms, norm = optimize(self.system, batch, self.optimizers, self.parameters, s.clip)
         self.ema.update(self.step)
         self.step += 1
-        if terms["loss"].is_cpu or self.due(s.log_every) or self.due(s.validate_every):  # a look stalls other devices
+        if self.device.type == "cpu" or self.due(s.log_every) or self.due(s.validate_every):  # a look stalls other devices
             check_finite({**terms, "gradient norm": norm}, self.step, self.last)
         checked = judge(self) if self.validation and self.due(s.validate_every) else None
         self.seconds += time.perf_counter() - started
@@ -183,16 +180,21 @@ def judge(trainer):
 # %% ../../nbs/0_core/06_training.ipynb #06-training-35
 def _pack(optimizers):
     "The optimizers' tensors by name: optimizer, parameter, what."
-    states = [(f"optimizer.{n}.{i}", state) for n, o in enumerate(optimizers) for i, state in o.state_dict()["state"].items()]
-    return {f"{name}.{k}": v for name, state in states for k, v in state.items() if torch.is_tensor(v)}
+    states = {f"optimizer.{n}.{i}": s for n, o in enumerate(optimizers) for i, s in o.state_dict()["state"].items()}
+    return {f"{name}.{k}": v for name, s in states.items() for k, v in s.items() if torch.is_tensor(v)}
+
+
+def laid_out_as(parameter, v):
+    "`v` in the memory order of `parameter` where the shapes agree: files keep one order, and fused optimizers pair numbers by place."
+    return torch.empty_like(parameter, dtype=v.dtype).copy_(v) if v.shape == parameter.shape else v
 
 
 def _unpack(optimizers, tensors):
     "Put tensors that `_pack` named back into the optimizers."
     for n, optimizer in enumerate(optimizers):
-        state = {}
+        parameters, state = [p for group in optimizer.param_groups for p in group["params"]], {}
         for _, _, i, what in (k.split(".") for k in tensors if k.startswith(f"optimizer.{n}.")):
-            state.setdefault(int(i), {})[what] = tensors[f"optimizer.{n}.{i}.{what}"]
+            state.setdefault(int(i), {})[what] = laid_out_as(parameters[int(i)], tensors[f"optimizer.{n}.{i}.{what}"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-36
@@ -221,7 +223,7 @@ def resume(trainer):
     if wrong := [k for k in ours if theirs.get(k) != ours[k]]:
         raise ValueError(f"{path} is of another training (other {', '.join(wrong)}); choose an empty folder, or delete this one to start over")
     restore(trainer.system, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, path)
-    trainer.ema.average = [tensors[f"ema.{i}"] for i in range(len(trainer.parameters))]
+    trainer.ema.average = [laid_out_as(p.detach(), tensors[f"ema.{i}"]) for i, p in enumerate(trainer.parameters)]
     _unpack(trainer.optimizers, tensors)
     vars(trainer).update(info)
 
@@ -230,21 +232,24 @@ def train(system, images, settings, run_dir):
     """Train `system` on the `images` of an ImageSet: a generator that yields a `Progress` after each step; every step reseeds torch.
 
     Leaves `best.safetensors` (averaged weights), `last.safetensors` (all that resuming needs), `metrics.jsonl` and `tensorboard/` in `run_dir`;
-    started again there, it goes on. Raises ValueError for another training's folder, FloatingPointError for a loss that is no number.
-    """
+    started again there, it goes on. Raises ValueError for another training's folder, FloatingPointError for a loss that is no number."""
     trainer = Trainer(system, images, settings, run_dir)
     if trainer.last.is_file():
         resume(trainer)
     log = Log(run_dir, after=trainer.step)
     try:
-        while not trainer.finished:
-            progress = trainer.advance()
-            if progress.validation or trainer.due(settings.log_every):
-                log(progress.row())
-            yield progress
+        yield from _steps(trainer, log)
     except GeneratorExit:  # whoever drew the steps stopped between two of them: nothing is lost
         keep(trainer)
         raise
     finally:
         system.eval()
         log.close()
+
+
+def _steps(trainer, log):
+    while not trainer.finished:
+        progress = trainer.advance()
+        if progress.validation or trainer.due(trainer.settings.log_every):
+            log(progress.row())
+        yield progress
