@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'pair', 'parameters', 'run_command', 'study_command', 'clock', 'list_command', 'status_command',
-           'compare_command', 'parser', 'main']
+           'provenance', 'compare_command', 'parser', 'main']
 
 # %% ../nbs/6_course/62_cli.ipynb #62-cli-03
 import argparse
@@ -87,14 +87,21 @@ def status_command(options):
         print(f"{path.parent}: {record['status']}{where}{' – ' + record['error'] if record['error'] else ''}")
 
 # %% ../nbs/6_course/62_cli.ipynb #62-cli-19
+def provenance(study):
+    "Where a study's figures come from: parameters, times, machine, versions, and how long each training took, in steps and seconds."
+    record = records.read_record(study) or {}
+    runs_of = {p.parent.name: records.read_record(p.parent)["metrics"] for p in sorted(Path(study).glob("*/record.json"))}
+    training = {name: {k: m[k] for k in ("steps", "seconds")} for name, m in runs_of.items() if "seconds" in m}
+    keys = ("parameters", "start", "end", "device", "versions", "git")
+    return {**{k: record.get(k) for k in keys}, "training": training}
+
+
 def compare_command(options):
     "`diffusevae compare STUDY ... --out FILE`: mean and spread over studies of the same recipe, as JSON."
     models = comparison.across(options.studies)
-    made = [records.read_record(folder) for folder in options.studies]
-    keys = ("parameters", "start", "end", "device", "versions", "git")
-    write_json(options.out, {"studies": [{k: r[k] for k in keys} for r in made if r], "models": models})
+    write_json(options.out, {"studies": [provenance(folder) for folder in options.studies], "models": models})
     for name, figures in models.items():
-        print(f"{name}: " + ", ".join(f"{k} {v['mean']:.3g} ± {v['std']:.2g}" for k, v in figures.items()))
+        print(f"{name}: " + ", ".join(f"{k} {comparison.cell(v)}" for k, v in figures.items()))
 
 # %% ../nbs/6_course/62_cli.ipynb #62-cli-21
 _name, _out = ["name"], (["--out"], dict(required=True, metavar="DIR", help="the folder to write to, and to go on from"))

@@ -50,11 +50,10 @@ class DDPM(nn.Module):
 
         Raises ValueError for an unknown sampler, and what the sampler raises.
         """
-        if sampler not in samplers.by_name:
-            raise ValueError(f"sampler must be one of {', '.join(samplers.by_name)}, got {sampler!r}")
+        walk_from = samplers.named(sampler)
         device = next(self.denoiser.parameters()).device
         x_T = samplers.Noise(self.shape(n), seeds, device=device)()
-        return samplers.by_name[sampler](self.denoiser, self.process, x_T, seeds=seeds, **walk)
+        return walk_from(self.denoiser, self.process, x_T, seeds=seeds, **walk)
 
     def sample(self, n, **how):
         "`n` images in [-1, 1], `(n, C, H, W)`, without dropout. Keywords as `steps`."

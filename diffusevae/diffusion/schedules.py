@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core.checkpoints import configured
+from ..core.layers import widest_float
 
 # %% ../../nbs/3_diffusion/30_schedules.ipynb #30-schedules-07
 def linear(T=1000, start=1e-4, end=0.02):
@@ -83,7 +84,7 @@ class Schedule(nn.Module):
         "Follow the device, but never a cast: abar keeps the widest type that the device has."
         device = fn(torch.empty(0, device=self.betas.device)).device
         for name, table in self._buffers.items():
-            self._buffers[name] = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+            self._buffers[name] = table.to(device, widest_float(device))
         return self
 
     def log_snr(self):

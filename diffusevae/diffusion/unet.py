@@ -109,6 +109,16 @@ def _check_sizes(size, patch, levels, attention):
         warnings.warn(f"attention at {missing} has no effect: the resolutions of this U-Net are {sizes}", stacklevel=4)
 
 # %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-22
+def _check_part(name, part, shape):
+    "ValueError unless a part of the condition has this shape, None meaning that there must be none."
+    if part is None and shape is not None:
+        raise ValueError(f"the condition's {name} is missing: this U-Net was built to take one of shape {shape}")
+    if part is not None and shape is None:
+        raise ValueError(f"the condition's {name} is given, but this U-Net was built without it")
+    if part is not None and part.shape != shape:
+        raise ValueError(f"the condition's {name} must have shape {shape}, got {tuple(part.shape)}")
+
+# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-23
 def _check_inputs(net, x_t, t, cond):
     "ValueError when x_t, t or the condition is not what `net` was built for."
     if x_t.shape[1:] != (net.channels, net.size, net.size):
@@ -116,18 +126,12 @@ def _check_inputs(net, x_t, t, cond):
     if t.shape != x_t.shape[:1]:
         raise ValueError(f"t must hold one time for each of the {len(x_t)} images, got shape {tuple(t.shape)}")
     for name, shape in net.takes.items():
-        part, whole = getattr(cond, name), None if shape is None else (len(x_t), *shape)
-        if part is None and whole is not None:
-            raise ValueError(f"the condition's {name} is missing: this U-Net was built to take one of shape {whole}")
-        if part is not None and whole is None:
-            raise ValueError(f"the condition's {name} is given, but this U-Net was built without it")
-        if part is not None and part.shape != whole:
-            raise ValueError(f"the condition's {name} must have shape {whole}, got {tuple(part.shape)}")
+        _check_part(name, getattr(cond, name), None if shape is None else (len(x_t), *shape))
     # on a GPU the look at the largest label would wait for the device in every step
-    if net.classes and cond.label.device.type == "cpu" and (cond.label >= net.classes).any():
+    if net.classes and cond.label.is_cpu and (cond.label >= net.classes).any():
         raise ValueError(f"labels must lie in 0 … {net.classes - 1}, or be -1 for no class, got {int(cond.label.max())}")
 
-# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-23
+# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-24
 @configured
 class UNet(nn.Module):
     """A denoiser `model(x_t, t, cond)`: `(B, channels, size, size)` to the same shape; t is the process's float time input `(B,)`.

@@ -77,7 +77,7 @@ class TwoForms(nn.Module):
         """
         noise = temperature * samplers.Noise(x_hat.shape, seeds, device=x_hat.device)()
         y_T, cond = first_y(self.process, x_hat, noise, start), self.cond(x_hat, z)
-        return samplers.by_name[sampler](self.model(x_hat), self.process, y_T, cond=cond, seeds=seeds, start=start, **walk)
+        return samplers.named(sampler)(self.model(x_hat), self.process, y_T, cond=cond, seeds=seeds, start=start, **walk)
 
 # %% ../../nbs/4_hybrid/41_diffusevae.ipynb #41-diffusevae-28
 @configured
