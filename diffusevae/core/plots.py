@@ -68,6 +68,8 @@ def rows(named):
         ax.imshow(tile(images, columns=n), interpolation="nearest")
         ax.set_xticks([]), ax.set_yticks([]), ax.spines[:].set_visible(False)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    fig.get_layout_engine().set(w_pad=0.1)
+    fig.draw_without_rendering()  # the layout knows how wide the labels are only after it was drawn once
     return fig
 
 # %% ../../nbs/0_core/01_plots.ipynb #01-plots-18

@@ -146,7 +146,7 @@ def figure_block(fig, name, caption, folder):
     if fig is None:
         return ""
     with whole_file(Path(folder) / f"{name}.png") as temporary:
-        fig.savefig(temporary, format="png", dpi=180)
+        fig.savefig(temporary, format="png", dpi=180, bbox_inches="tight")
     return f"![{caption}]({name}.png)"
 
 # %% ../../nbs/6_course/61_report.ipynb #61-report-33
