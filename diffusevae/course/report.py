@@ -206,7 +206,7 @@ def to_html(markdown, folder, path):
 # %% ../../nbs/6_course/61_report.ipynb #61-report-40
 _look = """#set page(margin: 1.8cm, numbering: "1")
 #set text(size: 9pt, font: ("Libertinus Serif", "New Computer Modern"))
-#show table: set text(size: 6.5pt)
+#show table: set text(size: 7pt)
 #show quote: it => block(fill: rgb("#fff3d6"), inset: 6pt, width: 100%, stroke: (left: 3pt + rgb("#d55e00")), it.body)
 #set table(stroke: (x, y) => (bottom: 0.4pt + gray), inset: 3pt)
 """
