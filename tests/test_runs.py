@@ -137,7 +137,7 @@ def test_killed_command_leaves_a_record_that_reads_killed(tmp_path):
     "Not the kernel alone but everything dies: nobody is left to write, and the record still tells."
     parameters = {**TINY["train_vae"], "steps": 100_000}
     words = [f"-p{k}={v}" for k, v in parameters.items()]
-    child = subprocess.Popen([sys.executable, "-m", "diffusevae.cli", "run", "train_vae", "--out", str(tmp_path / "run"), *words],
+    child = subprocess.Popen([sys.executable, "-c", "import sys; from diffusevae.cli import main; sys.exit(main())", "run", "train_vae", "--out", str(tmp_path / "run"), *words],
                              start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     try:
         for _ in range(600):

@@ -85,6 +85,7 @@ def test_training_loop_costs_under_three_percent_of_a_step(ddpm, tmp_path, monke
     watch.wrap(DDPM, "loss", monkeypatch)
     watch.wrap(torch.Tensor, "backward", monkeypatch)
     watch.wrap(torch.optim.AdamW, "step", monkeypatch)
+    watch.wrap(torch.optim.AdamW, "zero_grad", monkeypatch)
     images = load("digits")
 
     def ratio():

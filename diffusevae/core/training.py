@@ -48,9 +48,8 @@ class Settings:
         for name in positive + ("weight_decay", "warmup", "clip", "patience"):
             if not (value := getattr(self, name)) >= 0 or (name in positive and not value):
                 raise ValueError(f"{name} must {'be positive' if name in positive else 'not be negative'}, got {value}")
-        for name in ("ema", "validation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if wrong := [name for name in ("ema", "validation") if not 0 <= getattr(self, name) < 1]:
+            raise ValueError(f"{wrong[0]} must lie in [0, 1), got {getattr(self, wrong[0])}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be constant or cosine, got {self.schedule!r}")
 
@@ -86,8 +85,7 @@ def make_batch(images, rows, flip=False):
     "The images of `rows` as a `Batch` on their device, floats in [-1, 1]; `flip` mirrors each with probability one half."
     part = images[rows := rows.to(images.images.device)]
     x = to_float(part.images)
-    if flip:
-        x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x) if flip else x
     return Batch(x, part.labels, part.attributes, rows)
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-24
@@ -103,14 +101,16 @@ def optimizers_of(system, settings):
 
 def optimize(system, batch, optimizers, parameters, clip=0.0):
     "One update, in training mode: (the loss's terms, the gradient's norm before clipping). A system with `step` does it itself, and its norm is given as 0."
-    if not system.training:  # a validation, or whoever drew a preview, has left it so
-        system.train()
+    system.training or system.train()  # a validation, or whoever drew a preview, has left it so
     if hasattr(system, "step"):
         return system.step(batch, optimizers), torch.zeros(())
     terms = system.loss(batch)
     optimizers[0].zero_grad()
     terms["loss"].backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    if clip and not (norm.is_cpu and norm <= clip):  # on the CPU, where a look costs nothing, gradients are scaled only if they must
+        torch._foreach_mul_(grads, (clip / norm).clamp(max=1))
     optimizers[0].step()
     return terms, norm
 
@@ -155,11 +155,11 @@ class Trainer:
         return Progress(self.step, s.steps, terms, lr, norm, self.seconds, checked)
 
     def _update(self, s):
-        torch.manual_seed(1_000_003 * s.seed + self.step)
+        seeded, seed = torch.default_generator if self.parameters[0].is_cpu else torch, 1_000_003 * s.seed + self.step
+        seeded.manual_seed(seed)  # torch itself seeds every device that might be there, which takes half a millisecond
         batch = make_batch(self.training, rows_of_step(self.step, len(self.training), s.batch_size, s.seed), s.flip)
-        lr = lr_at(self.step, s)
         for group in (g for o in self.optimizers for g in o.param_groups):
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = (lr := lr_at(self.step, s)) * group.get("lr_scale", 1.0)
         terms, norm = optimize(self.system, batch, self.optimizers, self.parameters, s.clip)
         self.ema.update(self.step)
         self.step += 1
@@ -178,8 +178,8 @@ def judge(trainer):
 # %% ../../nbs/0_core/06_training.ipynb #06-training-35
 def _pack(optimizers):
     "The optimizers' tensors by name: optimizer, parameter, what."
-    states = {f"optimizer.{n}.{i}": s for n, o in enumerate(optimizers) for i, s in o.state_dict()["state"].items()}
-    return {f"{name}.{k}": v for name, s in states.items() for k, v in s.items() if torch.is_tensor(v)}
+    states = ((f"optimizer.{n}.{i}", s) for n, o in enumerate(optimizers) for i, s in o.state_dict()["state"].items())
+    return {f"{name}.{k}": v for name, s in states for k, v in s.items() if torch.is_tensor(v)}
 
 
 def _unpack(optimizers, tensors):

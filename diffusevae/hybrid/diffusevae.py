@@ -26,6 +26,8 @@ def shifted(denoiser, x_hat):
 # %% ../../nbs/4_hybrid/41_diffusevae.ipynb #41-diffusevae-17
 def check_parts(vae, denoiser, use_z=False):
     "Raises ValueError unless `denoiser` can refine the images of `vae`: same size and channels, x̂ as image condition, z if and only if `use_z`."
+    if not hasattr(vae, "posterior_sample"):
+        raise ValueError(f"the first stage must be a VAE, got {type(vae).__name__}; give a run of train_vae")
     if (vae.size, vae.channels) != (denoiser.size, denoiser.channels):
         ours, theirs = (f"{m.channels} × {m.size} × {m.size}" for m in (vae, denoiser))
         raise ValueError(f"the VAE makes images of {ours}, the denoiser takes {theirs}; build both for the same images")
