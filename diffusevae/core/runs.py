@@ -47,8 +47,6 @@ def _papermill(path, output, values):
     "Execute a notebook. papermill formats its paths, so a brace in one must be doubled to stay one."
     import papermill
 
-    # threads that soon wait asleep, not spinning: beside other work on the machine training is several times as quick, alone as quick
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (path, output))
     papermill.execute_notebook(source, target, parameters=values, progress_bar=False, kernel_name="python3", cwd=os.getcwd(), start_timeout=300,
                                extra_arguments=["--IPKernelApp.log_level=CRITICAL"])  # fmt: skip
