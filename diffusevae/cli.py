@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from .core import records, runs
+from .core import runs
 from .core.checkpoints import write_json
+from .core.parameters import find, notebooks, parameters_of, parsed
+from .core.records import read_record
 from .evaluation import comparison
 
 # %% ../nbs/6_course/62_cli.ipynb #62-cli-05
@@ -30,13 +32,13 @@ def parameters(pairs, notebook_names):
     "The typed parameters of `-p` words for notebooks that may take them. ValueError for a name that none takes, or a value that does not fit."
     spec = {}
     for name in notebook_names:
-        spec |= records.parameters_of(records.find(name))
-    return {name: records.parsed(name, text, spec) for name, text in pairs}
+        spec |= parameters_of(find(name))
+    return {name: parsed(name, text, spec) for name, text in pairs}
 
 # %% ../nbs/6_course/62_cli.ipynb #62-cli-10
 def run_command(options):
     "`diffusevae run`: execute a run notebook into `--out`."
-    before = records.read_record(options.out)
+    before = read_record(options.out)
     values = parameters(options.parameters, [options.name])
     record = runs.run(options.name, options.out, **values)
     done = "was complete already; delete the folder to start over" if before and before["status"] == "completed" else "is complete"
@@ -47,8 +49,8 @@ def run_command(options):
 # %% ../nbs/6_course/62_cli.ipynb #62-cli-12
 def study_command(options):
     "`diffusevae study`: execute a recipe's runs into folders of `--out`."
-    notebooks = {notebook for notebook, _ in runs.recipe(options.name).values()}
-    values, started, fresh = parameters(options.parameters, notebooks), time.perf_counter(), 0
+    used = {notebook for notebook, _ in runs.recipe(options.name).values()}
+    values, started, fresh = parameters(options.parameters, used), time.perf_counter(), 0
     for name, record, seconds in runs.study(options.name, options.out, **values):
         fresh += seconds > 1
         print(f"{name}: {'done in ' + clock(seconds) if seconds > 1 else 'complete already'}", file=sys.stderr, flush=True)
@@ -67,10 +69,10 @@ def clock(seconds):
 def list_command(options):
     "`diffusevae list [NAME]`: the run notebooks and recipes, or the parameters of one notebook."
     if options.name:
-        for p in records.parameters_of(records.find(options.name)).values():
+        for p in parameters_of(find(options.name)).values():
             print(f"{p.name} = {p.default!r}  ({p.type.__name__}) {p.help}")
         return
-    folder = records.notebooks()
+    folder = notebooks()
     for kind, pattern in (("notebooks", "*.ipynb"), ("recipes", "recipes/*.yaml")):
         print(f"{kind}: {', '.join(sorted(p.stem for p in folder.glob(pattern)))}")
 
@@ -81,7 +83,7 @@ def status_command(options):
     if not found:
         raise ValueError(f"no record under {options.folder}; give the folder of a run or of a study")
     for path in found:
-        record = records.read_record(path.parent)
+        record = read_record(path.parent)
         p = record["progress"]
         where = f" {p['what']} {p['step']}/{p['total']}" if p else ""
         print(f"{path.parent}: {record['status']}{where}{' – ' + record['error'] if record['error'] else ''}")
@@ -89,8 +91,8 @@ def status_command(options):
 # %% ../nbs/6_course/62_cli.ipynb #62-cli-19
 def provenance(study):
     "Where a study's figures come from: parameters, times, machine, versions, and how long each training took, in steps and seconds."
-    record = records.read_record(study) or {}
-    runs_of = {p.parent.name: records.read_record(p.parent)["metrics"] for p in sorted(Path(study).glob("*/record.json"))}
+    record = read_record(study) or {}
+    runs_of = {p.parent.name: read_record(p.parent)["metrics"] for p in sorted(Path(study).glob("*/record.json"))}
     training = {name: {k: m[k] for k in ("steps", "seconds")} for name, m in runs_of.items() if "seconds" in m}
     keys = ("parameters", "start", "end", "device", "versions", "git")
     return {**{k: record.get(k) for k in keys}, "training": training}

@@ -147,7 +147,7 @@ def test_wheel(checkout, tmp_path):
 
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path / "site")
-    code = "import diffusevae.core.records as r, sys; print(r.__file__, *sorted(p.name for p in r.notebooks().iterdir()))"
+    code = "import diffusevae.core.records, diffusevae.core.parameters as r, sys; print(r.__file__, *sorted(p.name for p in r.notebooks().iterdir()))"
     where, *names = call(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
     assert where.startswith(str(tmp_path / "site")) and "recipes" in names and "train_vae.ipynb" in names
 

@@ -17,6 +17,7 @@ from conftest import TINY, tiny_recipe
 from diffusevae.cli import main
 from diffusevae.core import records, runs
 from diffusevae.core.checkpoints import load, load_system
+from diffusevae.core.parameters import find, parameters_of
 
 MODELS = ("vae", "ddpm", "form1", "form2")
 
@@ -55,7 +56,7 @@ def test_record_says_everything(tiny_study, name):
     for artefact in record["artefacts"].values():
         assert (tiny_study / name / artefact).is_file(), artefact
     assert (tiny_study / name / f"{record['notebook']}.ipynb").is_file()
-    assert record["parameters"].keys() == records.parameters_of(records.find(record["notebook"])).keys()
+    assert record["parameters"].keys() == parameters_of(find(record["notebook"])).keys()
 
 
 def test_training_run_leaves_logs_and_checkpoints(tiny_study):
@@ -77,6 +78,13 @@ def test_complete_study_is_not_run_again(tiny_study, capsys):
     assert {k: v for k, v in tree(tiny_study).items() if k.name != "record.json" or k.parent.name} == {
         k: v for k, v in before.items() if k.name != "record.json" or k.parent.name
     }
+
+
+def test_finished_studies_are_compared(tiny_study, tmp_path, capsys):
+    assert main(["compare", str(tiny_study), str(tiny_study), "--out", str(tmp_path / "compared.json")]) == 0
+    compared = json.loads((tmp_path / "compared.json").read_text())
+    assert set(MODELS) | {"G"} <= set(compared["models"]) and compared["models"]["ddpm"]["fid"]["std"] == 0
+    assert set(compared["studies"][0]["training"]) == set(MODELS) and "form2: fid" in capsys.readouterr().out
 
 
 def test_report_from_records_alone_marks_the_gap(tiny_study, tmp_path):

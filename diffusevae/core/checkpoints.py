@@ -58,10 +58,13 @@ def save(path, tensors, info):
     tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
     metadata = {"info": json.dumps(info)}
     with whole_file(path) as temporary:
+        temporary.touch()  # with the permissions that a new file has here; safetensors would let nobody else read it
+        mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as e:
             raise OSError(None, str(e)) from e
+        temporary.chmod(mode)
 
 # %% ../../nbs/0_core/03_checkpoints.ipynb #03-checkpoints-17
 def load(path, device="cpu"):

@@ -7,6 +7,7 @@ __all__ = ['stale', 'now', 'new_record', 'alive', 'read_record', 'claim', 'refus
 
 # %% ../../nbs/0_core/08_records.ipynb #08-records-03
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -21,7 +22,9 @@ from pathlib import Path
 import diffusevae
 from .checkpoints import write_json
 from .layers import device_name
-from .parameters import checked, find, given_in, kinds, known, notebooks, parameters_of, parsed  # noqa: F401
+from .logs import summary
+from .parameters import checked, find, given_in, kinds, parameters_of
+from .plots import Picture
 
 # %% ../../nbs/0_core/08_records.ipynb #08-records-05
 def now():
@@ -186,7 +189,22 @@ class Run(Diary):
             self.record["artefacts"][name] = os.path.relpath(path, self.dir)
         return path
 
-# %% ../../nbs/0_core/08_records.ipynb #08-records-28
+    def picture(self, figure, alt, name="pictures"):
+        "Keep a figure as the artefact `name` (a PNG file), and show it with its `alt` text."
+        picture = Picture(figure, alt)
+        self.artefact(name, f"{name}.png").write_bytes(picture.png)
+        return picture
+
+    def arguments_for(self, function):
+        "Those of the run's parameters that `function`, or a class, takes, by name."
+        return {k: v for k, v in self.record["parameters"].items() if k in inspect.signature(function).parameters}
+
+    def finish_training(self, **more):
+        "The training of this folder is complete: its log is an artefact, the log's `summary` the metrics, with `more` over it."
+        self.artefact("log", "metrics.jsonl")
+        self.finish(**{**summary(self.dir), **more})
+
+# %% ../../nbs/0_core/08_records.ipynb #08-records-30
 _open = {}  # the run that this process has open in a folder
 
 

@@ -50,7 +50,7 @@ def collect(study):
     """
     records, models = _records(study), {}
     left_out = {run: r["status"] for run, r in records.items() if r["status"] != "completed"}
-    done = {run: r["metrics"]["models"] for run, r in records.items() if run not in left_out and r["metrics"].get("models")}
+    done = {run: r["metrics"]["models"] for run, r in records.items() if run not in left_out and isinstance(r["metrics"].get("models"), dict)}
     if not done:
         others = ", ".join(f"{run} is {status}" for run, status in left_out.items()) or f"{len(records)} other runs"
         raise ValueError(f"no completed evaluation in {study} ({others}); run the notebook evaluate into it first")
