@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['least', 'Given', 'fid', 'inception_score', 'kid', 'kth_distance', 'share_inside', 'precision_recall', 'evaluate',
-           'gaussian_baseline', 'floors', 'memorised']
+           'reconstruction', 'gaussian_baseline', 'floors', 'memorised']
 
 # %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-03
 import warnings
@@ -111,13 +111,28 @@ def evaluate(real, fake, features="digits", splits=1, k=3, seed=0, kid_subsets=2
             "kid": kid(r, f, kid_subsets, seed=seed), "precision": precision, "recall": recall, "n": len(f), "n_real": len(r)}  # fmt: skip
 
 # %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-33
+def reconstruction(images, reconstructed):
+    """`mse`, `psnr` (dB) and `ssim` of uint8 images `(N, C, H, W)` and their reconstructions, means over images, with bytes as numbers in [0, 1].
+
+    Raises ValueError for floats, or shapes that differ. A perfect reconstruction has infinite PSNR. Source of SSIM: Wang et al. 2004, equation 13.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    if images.dtype != torch.uint8 or reconstructed.dtype != torch.uint8 or images.shape != reconstructed.shape:
+        raise ValueError(f"two uint8 sets of one shape are needed, got {images.dtype} {tuple(images.shape)} and {reconstructed.dtype} {tuple(reconstructed.shape)}")
+    x, y = images.cpu().float() / 255, reconstructed.cpu().float() / 255
+    psnr = peak_signal_noise_ratio(y, x, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    ssim = structural_similarity_index_measure(y, x, data_range=1.0)
+    return {"mse": float((x - y).square().mean()), "psnr": float(psnr), "ssim": float(ssim)}
+
+# %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-36
 def _moments(images, block=2048):
     "Mean `(d,)` and covariance `(d, d)` of the pixels in [-1, 1] of uint8 images, in float64, without a second copy of them all."
     parts = [p.cpu().flatten(1) for p in images.split(block)]
     mean = sum(to_float(p).double().sum(0) for p in parts) / len(images)
     return mean, sum((c := to_float(p).double() - mean).T @ c for p in parts) / (len(images) - 1)
 
-# %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-34
+# %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-37
 def gaussian_baseline(images, n, seed=0):
     "G: `n` uint8 images from the Gaussian with the mean and the full covariance of the pixels of uint8 `images` `(N, C, H, W)`, drawn by `seed`."
     mean, covariance = _moments(images)
@@ -125,7 +140,7 @@ def gaussian_baseline(images, n, seed=0):
     z = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return to_uint8((mean + z * values.clamp(min=0).sqrt() @ vectors.T).reshape(n, *images.shape[1:]))
 
-# %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-37
+# %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-40
 def floors(train, test, features="digits", seed=0, **how):
     """How good a perfect model could look: `evaluate` of a bootstrap resample of uint8 `train`, and of `test`, against `train`.
 
@@ -137,7 +152,7 @@ def floors(train, test, features="digits", seed=0, **how):
     note = f"n = {len(test):,}, not {len(train):,}: FID falls with n, so compare it with samples at this n only"
     return {"bootstrap": bootstrap, "test": {**evaluate(seen, test, features, seed=seed, **how), "note": note}}
 
-# %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-42
+# %% ../../nbs/1_evaluation/11_metrics.ipynb #11-metrics-45
 def memorised(samples, train, test, device="auto"):
     """The share of uint8 `samples` whose nearest image of `train` is closer, in pixels' L2, than that of any image of `test`: copies.
 
