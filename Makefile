@@ -18,8 +18,8 @@ test: $(INSTALLED) ## run all notebooks, once more in a random order, then the t
 	@start=$$(date +%s); failed=; \
 	echo "notebooks in order"; $(BIN)/python .ci/notebooks.py test || failed="$$failed notebooks"; \
 	echo "notebooks in a random order"; $(BIN)/python .ci/notebooks.py test --random || failed="$$failed random-order"; \
-	echo "tests of whole runs"; $(BIN)/python -m pytest -p no:randomly --ignore tests/test_widgets.py tests || failed="$$failed pytest"; \
-	echo "widgets in a browser"; $(BIN)/python -m pytest -p no:randomly -n 2 tests/test_widgets.py || failed="$$failed widgets"; \
+	echo "speed, with the machine for itself"; $(BIN)/python -m pytest tests/test_speed.py || failed="$$failed speed"; \
+	echo "whole runs, peers, faults, widgets"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_speed.py tests || failed="$$failed pytest"; \
 	$(TOOK)$${failed:+"; failed:$$failed"}; test -z "$$failed"
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks

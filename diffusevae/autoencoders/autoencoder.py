@@ -32,20 +32,25 @@ def check_levels(size, levels, attention=()):
     if set(attention) - set(met):
         raise ValueError(f"attention at {tuple(attention)} pixels, but the halvings give {', '.join(map(str, met))}; choose among those")
 
+
+def _attend(channels, resolution, attention):
+    "Self-attention at this resolution if it is asked for."
+    return [SelfAttention(channels)] if resolution in attention else []
+
 # %% ../../nbs/2_autoencoders/20_autoencoder.ipynb #20-autoencoder-09
 @configured
 class AutoEncoder(nn.Module):
     """The baseline: two strided convolutions down, two up, tanh; trained on the mean squared error. It reconstructs, and cannot sample.
 
-    `code_shape` is (2 width, size/4, size/4). Raises ValueError for a size that is no multiple of four. Source: Hinton and Salakhutdinov 2006.
+    `code_shape` is (2 width, size/4, size/4). With `attention` at resolutions in pixels the encoder has it. ValueError as `check_levels`. Source: Hinton and Salakhutdinov 2006.
     """
 
-    def __init__(self, size, channels=1, width=16):
+    def __init__(self, size, channels=1, width=16, attention=()):
         super().__init__()
-        if size % 4:
-            raise ValueError(f"size must be a multiple of 4 (two halvings), got {size}; crop or scale the images")
+        check_levels(size, 2, attention)
+        inner, outer = _attend(2 * width, size // 4, attention), _attend(width, size // 2, attention)
         self.size, self.channels, self.code_shape = size, channels, (2 * width, size // 4, size // 4)
-        self.encoder = nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU())
+        self.encoder = nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU(), *outer, nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(), *inner)
         self.decoder = nn.Sequential(nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh())
         self.to(memory_format=torch.channels_last)
 
@@ -74,11 +79,6 @@ class AutoEncoder(nn.Module):
         raise NotImplementedError("an autoencoder has no prior to draw codes from; train a VAE, or fit a prior to its codes")
 
 # %% ../../nbs/2_autoencoders/20_autoencoder.ipynb #20-autoencoder-31
-def _attend(channels, resolution, attention):
-    "Self-attention at this resolution if it is asked for."
-    return [SelfAttention(channels)] if resolution in attention else []
-
-
 def down(size, channels, width, levels, attention=()):
     "Images `(B, channels, size, size)` to features `(B, width · 2^(levels−1), size/2^levels, …)`: halvings, each but the first doubling the width; `attention` at resolutions in pixels."
     check_levels(size, levels, attention)
