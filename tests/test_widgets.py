@@ -1,6 +1,7 @@
 """Every widget of the notebooks in the real thing: JupyterLab in a browser runs the notebook, a mouse drags the slider, and another picture comes within a second."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -51,7 +52,7 @@ def lab(tmp_path_factory):
     options = [f"--ServerApp.port={port}", f"--ServerApp.root_dir={home / 'nbs'}", f"--LabApp.user_settings_dir={home / 'settings'}",
                "--IdentityProvider.token=", "--no-browser", "--expose-app-in-browser", "--allow-root"]  # fmt: skip
     with open(home / "lab.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log, cwd=home)
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log, cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
             for _ in range(120):
                 try:

@@ -86,7 +86,8 @@ def table(models, columns=None):
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-19
 headings = {"fid": "FID", "fid_over_G": "FID / G", "inception_score": "IS", "kid": "KID", "memorised": "copies",
-            "seconds_per_1000": "s per 1,000", "network_evaluations": "network calls"}  # fmt: skip
+            "seconds_per_1000": "s per 1,000", "network_evaluations": "network calls", "mse": "MSE", "psnr": "PSNR, dB", "ssim": "SSIM", "elbo": "ELBO",
+            "iwae": "IWAE", "bits_per_dim": "bits / dim", "active_units": "active", "codes_in_use": "codes", "training_seconds": "training, s"}  # fmt: skip
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-20
 def markdown(rows):
