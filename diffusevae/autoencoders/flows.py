@@ -23,6 +23,8 @@ class Flow(nn.Module):
     Raises ValueError for fewer than `least` dimensions, no layers, or codes of another size. Source: Rezende and Mohamed 2015, equation 7.
     """
 
+    context = 0  # numbers of side information that each layer is given
+
     def __init__(self, dim, layers, least=1):
         super().__init__()
         if dim < least or layers < 1:
@@ -34,24 +36,24 @@ class Flow(nn.Module):
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"this {type(self).__name__} takes codes of (B, {self.dim}), got {tuple(z.shape)}")
 
-    def steps(self, z):
-        "z after each layer and log|det| of this layer alone: a generator of `(B, dim)`, `(B,)`."
+    def steps(self, z, *h):
+        "z after each layer and log|det| of this layer alone: a generator of `(B, dim)`, `(B,)`. `h` `(B, context)` where there is one."
         for layer in self.maps:
-            z, log_det = layer(z)
+            z, log_det = layer(z, *h)
             yield z, log_det
 
-    def forward(self, z):
+    def forward(self, z, *h):
         self.check(z)
         total = 0
-        for z, log_det in self.steps(z):
+        for z, log_det in self.steps(z, *h):
             total = total + log_det
         return z, total
 
-    def inverse(self, z):
+    def inverse(self, z, *h):
         self.check(z)
         total = 0
         for layer in reversed(self.maps):
-            z, log_det = layer.inverse(z)
+            z, log_det = layer.inverse(z, *h)
             total = total + log_det
         return z, total
 
@@ -153,39 +155,43 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
 
-def made(dim, hidden):
-    "A network `(B, dim) -> (B, 2 dim)`, zero to begin with, whose outputs i and dim + i see inputs before i only. Source: Germain et al. 2015, equations 8 and 9."
-    places, degrees = torch.arange(dim) + 1, torch.arange(hidden) % (dim - 1) + 1
-    return bounded(MaskedLinear(places, degrees), MaskedLinear(degrees, degrees), MaskedLinear(degrees, places.repeat(2), strict=True))
+def made(dim, hidden, context=0):
+    "A network `(B, context + dim) -> (B, 2 dim)`, zero to begin with, whose outputs i and dim + i see the context and inputs before i only. Source: Germain et al. 2015, equations 8 and 9."
+    least = 0 if context else 1  # units of degree 0 see the context alone
+    places, degrees = torch.arange(dim) + 1, torch.arange(hidden) % (dim - least) + least
+    seen = torch.cat([torch.zeros(context, dtype=places.dtype), places])
+    return bounded(MaskedLinear(seen, degrees), MaskedLinear(degrees, degrees), MaskedLinear(degrees, places.repeat(2), strict=True))
 
 # %% ../../nbs/2_autoencoders/24_flows.ipynb #24-flows-27
 class Autoregressive(nn.Module):
     "One affine autoregressive map, then the coordinates in reverse order; `inverse` takes one pass of the network for each dimension."
 
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, context=0):
         super().__init__()
-        self.network = made(dim, hidden)
+        self.network = made(dim, hidden, context)
 
-    def forward(self, z):
-        log_scale, shift = affine(self.network, z)
+    def forward(self, z, *h):
+        log_scale, shift = affine(self.network, torch.cat([*h, z], dim=1))
         return (z * log_scale.exp() + shift).flip(1), log_scale.sum(1)
 
-    def inverse(self, z):
+    def inverse(self, z, *h):
         target, z = z.flip(1), torch.zeros_like(z)
         place = torch.arange(z.shape[1], device=z.device)
         for i in place:
-            log_scale, shift = affine(self.network, z)
+            log_scale, shift = affine(self.network, torch.cat([*h, z], dim=1))
             z = torch.where(place <= i, (target - shift) * (-log_scale).exp(), 0.0)  # what is not known yet must not grow beyond bounds
         return z, -log_scale.sum(1)
 
 
 @configured
 class IAF(Flow):
-    """Affine autoregressive maps by masked networks, reversed between: one pass forward, `dim` passes a layer back.
+    """Affine autoregressive maps by masked networks, reversed between: one pass forward, `dim` passes a layer back. With `context`, each layer is given
+    as many numbers besides, `forward(z, h)`: what an encoder has to say of the image.
 
     Raises ValueError as `Flow`, also for dim=1. Source: Kingma et al. 2016, section 4; the scale is a bounded exponential here, not their gate.
     """
 
-    def __init__(self, dim, layers=4, hidden=64):
+    def __init__(self, dim, layers=4, hidden=64, context=0):
         super().__init__(dim, layers, least=2)
-        self.maps.extend(Autoregressive(dim, hidden) for _ in range(layers))
+        self.context = context
+        self.maps.extend(Autoregressive(dim, hidden, context) for _ in range(layers))

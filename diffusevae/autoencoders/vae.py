@@ -77,12 +77,12 @@ class AnyVAE(nn.Module):
     Source: Kingma and Welling 2014, equations 3 and 7; with a `flow`, Rezende and Mohamed 2015, equation 5.
     """
     flow = None  # (z) -> (z', log|det|), on top of the Gaussian posterior
-
     def draw(self, x):
         "q(z0 | x), z and log q(z | x), with z = z0 where there is no flow: a distribution, `(B, z_dim)`, `(B,)`."
         q = self.encode(x)
         z0 = q.rsample()
-        z, log_det = self.flow(z0) if self.flow is not None else (z0, 0.0)
+        h = () if getattr(q, "context", None) is None else (q.context,)  # what the encoder tells a flow besides
+        z, log_det = self.flow(z0, *h) if self.flow is not None else (z0, 0.0)
         return q, z, q.log_prob(z0) - log_det
 
     def posterior_sample(self, x):
@@ -141,8 +141,9 @@ def check_codes(vae):
     image = torch.zeros(1, vae.channels, vae.size, vae.size)
     with torch.no_grad():
         wide, drawn = vae.encoder(image).shape[1:], vae.decoder(torch.zeros(1, vae.z_dim)).shape[1:]
-    if wide != (2 * vae.z_dim,) or drawn != image.shape[1:]:
-        raise ValueError(f"encoder and decoder must map {tuple(image.shape[1:])} to {2 * vae.z_dim} numbers and {vae.z_dim} back, got {tuple(wide)} and {tuple(drawn)}")
+    if wide != (2 * vae.z_dim + vae.context,) or drawn != image.shape[1:]:
+        asked = f"{tuple(image.shape[1:])} to {2 * vae.z_dim + vae.context} numbers and {vae.z_dim} back"
+        raise ValueError(f"encoder and decoder must map {asked}, got {tuple(wide)} and {tuple(drawn)}")
 
 # %% ../../nbs/2_autoencoders/22_vae.ipynb #22-vae-29
 @configured
@@ -158,7 +159,8 @@ class VAE(AnyVAE):
         super().__init__()
         self.size, self.channels, self.z_dim = size, channels, z_dim
         lean = (size, channels, width, levels)
-        self.encoder = encoder if encoder is not None else nets.encoder(*lean, 2 * z_dim, attention)
+        self.context = getattr(flow, "context", 0)
+        self.encoder = encoder if encoder is not None else nets.encoder(*lean, 2 * z_dim + self.context, attention)
         self.decoder = decoder if decoder is not None else nets.decoder(*lean, z_dim, attention)
         self.likelihood = likelihood if likelihood is not None else Gaussian(sigma)
         self.objective = beta if isinstance(beta, nn.Module) else Beta(beta)
@@ -172,8 +174,10 @@ class VAE(AnyVAE):
         "q(z | x), a distribution over z of shape `(B, z_dim)`, before the flow. Raises ValueError for images of another size or number of channels."
         nets.check_images(self, x)
         # in x's own precision under mixed precision too: the KL sums small differences
-        mean, logvar = self.encoder(x).to(x.dtype).chunk(2, dim=1)
-        return gaussian(mean, (logvar.clamp(-20, 10) / 2).exp())
+        mean, logvar, context = self.encoder(x).to(x.dtype).split([self.z_dim, self.z_dim, self.context], dim=1)
+        q = gaussian(mean, (logvar.clamp(-20, 10) / 2).exp())
+        q.context = context if self.context else None
+        return q
 
     def decode(self, z):
         "x̂, the mean of p(x | z): `(B, channels, size, size)` in [-1, 1]."
