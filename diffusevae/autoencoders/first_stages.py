@@ -20,7 +20,7 @@ from torch.distributions import Normal, kl_divergence
 
 from .autoencoder import check_images, down, up
 from .gan import PatchDiscriminator, adam, hinge_d, hinge_g, update
-from .likelihoods import gaussian
+from .likelihoods import normal
 from .vae import StandardNormal, draw_codes
 from .vqvae import FirstStage
 from ..core.checkpoints import configured, pretrained, restore
@@ -76,8 +76,7 @@ class GaussianStage(FirstStage):
     def encode(self, x):
         "q(z | x) over unscaled latents `(B, *latent_shape)`. Raises ValueError for images of another size or number of channels."
         check_images(self, x)
-        mean, logvar = self.quant_conv(self.encoder(x)).to(x.dtype).chunk(2, dim=1)
-        return gaussian(mean, (logvar.clamp(-30, 20) / 2).exp(), dims=3)
+        return normal(self.quant_conv(self.encoder(x)).to(x.dtype), -30, 20)
 
     def decode(self, z):
         "x̂ of unscaled latents: `(B, C, size, size)`."

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .flows import RealNVP
-from .vae import StandardNormal, draw_codes
+from .vae import StandardNormal, check_size, draw_codes
 from ..core.checkpoints import configured
 from ..core.images import to_float
 
@@ -101,12 +101,6 @@ def codes_of(vae, images, seed=0, batch_size=512):
         return torch.cat([vae.posterior_sample(to_float(part).to(device))[0] for part in images.images.split(batch_size)])
 
 # %% ../../nbs/2_autoencoders/25_priors.ipynb #25-priors-18
-def _check_size(vae, prior):
-    "Raises ValueError unless `prior` is for codes of the size of the VAE's."
-    if prior.dim != vae.z_dim:
-        raise ValueError(f"the prior is for codes of {prior.dim} numbers, this VAE's have {vae.z_dim}; build it with dim={vae.z_dim}")
-
-
 @configured
 class LatentPrior(nn.Module):
     """A system that trains `prior` on codes of a finished `vae`, frozen from now on; then `with_prior(system.vae, system.prior)` is the mended VAE.
@@ -115,7 +109,7 @@ class LatentPrior(nn.Module):
 
     def __init__(self, vae, prior):
         super().__init__()
-        _check_size(vae, prior)
+        check_size("prior", prior, vae)
         self.vae, self.prior = vae.requires_grad_(False).eval(), prior
         if not any(p.requires_grad for p in prior.parameters()):
             raise ValueError(f"{type(prior).__name__} has nothing to train; use a FlowPrior, or fit a MixturePrior to codes_of the VAE")
@@ -141,7 +135,7 @@ def with_prior(vae, prior):
     """A copy of `vae` in evaluation mode that samples from a copy of `prior`, and says so in its config.
 
     Raises ValueError for a prior of another size, or a VAE without a choice of prior (a hierarchical one)."""
-    _check_size(vae, prior)
+    check_size("prior", prior, vae)
     if "prior" not in (arguments := vae.config["arguments"]):
         raise ValueError(f"{type(vae).__name__} has a prior of its own; give a VAE")
     twin = copy.deepcopy(vae).eval()
