@@ -1,4 +1,4 @@
-"""Two ratios: what a sampler costs beside its network calls, and what the training loop costs beside the step itself."""
+"""Ratios: what a sampler costs beside its network calls, guidance beside one call on the doubled batch, the training loop beside the step itself."""
 
 import statistics
 import time
@@ -9,7 +9,9 @@ import torch
 from diffusevae.core.images import load
 from diffusevae.core.training import Settings, train
 from diffusevae.diffusion import samplers
+from diffusevae.diffusion.conditions import Cond
 from diffusevae.diffusion.ddpm import DDPM
+from diffusevae.diffusion.guidance import cfg
 from diffusevae.diffusion.process import Diffusion
 from diffusevae.diffusion.schedules import Schedule, cosine
 from diffusevae.diffusion.unet import UNet
@@ -39,24 +41,63 @@ def best_of(attempts, measure, limit):
     return min(ratios)
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+WALKS = {
+    "ddpm": (samplers.ddpm, {}),
+    "ddpm with a seed a sample": (samplers.ddpm, {"seeds": range(64)}),
+    "ddim": (samplers.ddim, {}),
+    "ddim, eta 1": (samplers.ddim, {"eta": 1.0}),
+    "ddim, dynamic threshold": (samplers.ddim, {"clip": 0.995}),
+    "dpm_solver": (samplers.dpm_solver, {}),
+    "heun": (samplers.heun, {}),
+    "ddim_invert": (samplers.ddim_invert, {}),
+    "ddim_invert, corrected": (samplers.ddim_invert, {"corrections": 1}),
+}
+
+
+def step_by_step(walk, bare, asked):
+    "For each step of a walk, its seconds over those of as many bare network calls right after it; `asked` grows by one a call."
+    while True:
+        before = len(asked)
+        whole = seconds(lambda: next(walk, None))
+        if not (calls := len(asked) - before):
+            return
+        yield whole / seconds(lambda: [bare() for _ in range(calls)])
+
+
+@pytest.mark.parametrize("name", WALKS)
 def test_sampler_costs_its_network_calls_and_hardly_more(ddpm, name):
-    steps, x = 20, torch.randn(64, 1, 16, 16)
-    t = torch.full((64,), 500.0)
+    "The median over the steps of two walks, each step timed beside its own calls; the best of several such medians."
+    sampler, settings = WALKS[name]
+    x, t, asked = torch.randn(64, 1, 16, 16), torch.full((64,), 500.0), []
+
+    def counted(x, t, cond):
+        asked.append(1)
+        return ddpm.denoiser(x, t, cond)
 
     @torch.no_grad()
     def bare():
-        for _ in range(steps):
-            ddpm.denoiser(x, t)
-
-    def sample():
-        samplers.last(samplers.by_name[name](ddpm.denoiser, ddpm.process, x, steps=steps))
+        ddpm.denoiser(x, t)
 
     def ratio():
-        return statistics.median(seconds(sample) / seconds(bare) for _ in range(7))
+        walks = [sampler(counted, ddpm.process, x, steps=12, **settings) for _ in range(2)]
+        return statistics.median(r for walk in walks for r in step_by_step(walk, bare, asked))
 
     bare()
     assert best_of(5, ratio, 1.03) <= 1.03
+
+
+def test_guidance_costs_one_call_on_the_doubled_batch():
+    torch.manual_seed(0)
+    net = UNet(16, width=64, multipliers=(1, 1), patch=2, classes=10).eval()
+    x, t, label = torch.randn(64, 1, 16, 16), torch.full((64,), 500.0), torch.arange(64) % 10
+    guided, cond = cfg(net, 2.0), Cond(label=label)
+    doubled = torch.cat([x, x]), torch.cat([t, t]), Cond(label=torch.cat([label, torch.full_like(label, -1)]))
+
+    @torch.no_grad()
+    def ratio():
+        return statistics.median(seconds(lambda: guided(x, t, cond)) / seconds(lambda: net(*doubled)) for _ in range(21))
+
+    assert best_of(5, ratio, 1.05) <= 1.05
 
 
 class Stopwatch:

@@ -8,20 +8,21 @@ __all__ = ['shape_factors', 'suffixes', 'sources', 'ImageSet', 'Batch', 'to_floa
 
 # %% ../../nbs/0_core/00_images.ipynb #00-images-03
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
 # %% ../../nbs/0_core/00_images.ipynb #00-images-06
 @dataclass(frozen=True)
 class ImageSet:
     """Images with what is known of them: uint8 `(N, C, H, W)`, labels int64 `(N,)` or None, the classes' names, attributes `(N, A)` or None.
 
-    Raises ValueError for images of another type or shape, and for labels or attributes of another length.
-    """
+    Raises ValueError for images of another type or shape, and for labels or attributes of another length."""
 
     images: torch.Tensor
     labels: torch.Tensor | None = None
@@ -39,12 +40,16 @@ class ImageSet:
         return len(self.images)
 
     def __getitem__(self, i):
-        "The images of a slice, a mask, an index tensor or one number, with their labels and attributes, as an `ImageSet`."
+        "The images of a slice, a mask, an index tensor or one number, with what is known of them, as an `ImageSet`."
         i = [i] if isinstance(i, int) else i  # one image is a set of one: the batch axis stays
-        parts = [None if v is None else v[i] for v in (self.images, self.labels, self.attributes)]
-        return ImageSet(parts[0], parts[1], self.classes, parts[2], self.attribute_names)
+        return replace(self, **{k: v[i] for k, v in vars(self).items() if torch.is_tensor(v)})
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-10
+    @property
+    def x(self):
+        "All images as networks see them: float32 `(N, C, H, W)` in [-1, 1]."
+        return to_float(self.images)
+
+# %% ../../nbs/0_core/00_images.ipynb #00-images-09
 @dataclass(frozen=True)
 class Batch:
     "What a system's loss is given: images `x` float32 `(B, C, H, W)` in [-1, 1], and what is known of them, batched alike, or None."
@@ -54,21 +59,21 @@ class Batch:
     attributes: torch.Tensor | None = None
     index: torch.Tensor | None = None
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-13
+# %% ../../nbs/0_core/00_images.ipynb #00-images-12
 def to_float(images):
     "uint8 images as float32 in [-1, 1]: 0 is -1, 255 is 1. Raises ValueError for any other type."
     if images.dtype != torch.uint8:
         raise ValueError(f"to_float takes uint8 images, got {images.dtype}; floats in [-1, 1] need no conversion")
     return images.float().mul_(2 / 255).sub_(1)
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-14
+
 def to_uint8(x):
     "Images in [-1, 1] as uint8, rounded to the nearest; what lies outside is clipped. The only place that rounds. Raises ValueError for integers."
     if not x.is_floating_point():
         raise ValueError(f"to_uint8 takes floats in [-1, 1], got {x.dtype}; uint8 images need no conversion")
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-18
+# %% ../../nbs/0_core/00_images.ipynb #00-images-16
 def _digits(split, size, root):
     "scikit-learn's 1,797 digits, bilinear from 8 × 8 to 16 × 16 (or `size`), stratified into 1,437 and 360 by seed 0."
     from sklearn.datasets import load_digits
@@ -81,28 +86,26 @@ def _digits(split, size, root):
     x = F.interpolate(x, size=(size or 16,) * 2, mode="bilinear")
     return ImageSet(to_uint8(x), torch.tensor(data.target[chosen], dtype=torch.int64), tuple("0123456789"))
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-23
+# %% ../../nbs/0_core/00_images.ipynb #00-images-21
 # what an image of `shapes` is drawn from, and the ranges: units as in `render_shapes`
 shape_factors = {"shape": (0, 2), "hue": (0.0, 0.75), "size": (0.25, 0.5), "x": (-0.5, 0.5), "y": (-0.5, 0.5), "rotation": (-45.0, 45.0), "background": (0.0, 0.8)}
 
 
 def _depth(u, v, radius):
     "How deep points lie within the square, the ellipse (axes 1 : 0.6) and the triangle of a circumradius, negative outside."
-    for corners in (4, None, 3):
-        if corners:
-            angles = np.pi * (0.5 + 2 * np.arange(corners) / corners)  # of the edges' normals
-            yield radius * np.cos(np.pi / corners) - torch.stack([u * np.cos(a) + v * np.sin(a) for a in angles]).amax(0)
-        else:  # f / |∇f| of f = 1 - |(u / R, v / 0.6 R)|; at its centre both are 0
-            f, slope = ((u**2 + (v / 0.6**k) ** 2 + 1e-12).sqrt() / radius**k for k in (1, 2))
-            yield f * (1 - f) / slope
+    def polygon(corners):
+        angles = np.pi * (0.5 + 2 * np.arange(corners) / corners)  # of the edges' normals
+        return radius * np.cos(np.pi / corners) - torch.stack([u * np.cos(a) + v * np.sin(a) for a in angles]).amax(0)
+
+    f, slope = ((u**2 + (v / 0.6**k) ** 2 + 1e-12).sqrt() / radius**k for k in (1, 2))
+    return polygon(4), f * (1 - f) / slope, polygon(3)  # f / |∇f| of f = 1 - |(u / R, v / 0.6 R)|; at its centre both are 0
 
 
 def render_shapes(factors, size=32):
     """Factors, floats `(N, 7)` in the order of `shape_factors`, as images, uint8 `(N, 3, size, size)` on the CPU; a pure function, continuous in each of them.
 
     `shape` 0 square, 1 ellipse, 2 triangle, between them mixtures; `hue` in turns; `size`, `x`, `y` in half sides; `rotation` in degrees; `background` 0 black, 1 white.
-    Raises ValueError for another number of factors.
-    """
+    Raises ValueError for another number of factors."""
     if factors.ndim != 2 or factors.shape[1] != len(shape_factors):
         raise ValueError(f"factors must be (N, {len(shape_factors)}): {', '.join(shape_factors)}; got {tuple(factors.shape)}")
     if len(factors) > 512:  # the intermediate images are large
@@ -123,25 +126,20 @@ def draw_shapes(n, size=32, seed=0):
         raise ValueError(f"at least one image is needed, got n = {n}")
     low, high = torch.tensor(list(shape_factors.values()), dtype=torch.float64).T
     factors = low + (high - low) * torch.rand(n, len(low), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    factors[:, 0] = (factors[:, 0] * 1.5).floor()  # [0, 2) to 0, 1, 2
-    factors = factors.float()
+    factors = torch.cat([(factors[:, :1] * 1.5).floor(), factors[:, 1:]], 1).float()  # the shape: [0, 2) to 0, 1, 2
     return ImageSet(render_shapes(factors, size), factors[:, 0].long(), ("square", "ellipse", "triangle"), factors, tuple(shape_factors))
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-27
+# %% ../../nbs/0_core/00_images.ipynb #00-images-25
 suffixes = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def _square(picture, size):
     "A PIL picture's centre square, scaled to `size` pixels; untouched without a size."
-    from PIL import ImageOps
-
     return picture if size is None else ImageOps.fit(picture, (size, size), method=3)  # 3: bicubic, with antialiasing
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-32
+# %% ../../nbs/0_core/00_images.ipynb #00-images-30
 def _pixels(picture, size):
     "A PIL picture, upright, as a uint8 array `(C, H, W)`: 1 channel for grey ones, 3 for all others. ValueError for more than 8 bits."
-    from PIL import ImageOps
-
     picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":
         raise ValueError(f"mode {picture.mode} has more than 8 bits a channel; convert the file to 8")
@@ -149,11 +147,9 @@ def _pixels(picture, size):
     pixels = np.array(picture)
     return pixels[None] if picture.mode == "L" else pixels.transpose(2, 0, 1)
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-35
+# %% ../../nbs/0_core/00_images.ipynb #00-images-33
 def _read(path, size):
     "The pixels of one image file, uint8 `(C, H, W)`; None, with a warning that names it, if it cannot be read."
-    from PIL import Image
-
     try:
         with Image.open(path) as file:
             return _pixels(file, size)
@@ -161,16 +157,15 @@ def _read(path, size):
         warnings.warn(f"left out {path}: cannot be read as an image ({e})", stacklevel=2)
         return None
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-36
+# %% ../../nbs/0_core/00_images.ipynb #00-images-34
 def _stack(arrays, paths):
     "Arrays `(C, H, W)` of one size as a tensor `(N, C, H, W)`; grey ones among coloured ones become coloured. ValueError names the first of another size."
     channels, (height, width) = max(len(a) for a in arrays), arrays[0].shape[1:]
-    for a, path in zip(arrays, paths):
-        if a.shape[1:] != (height, width):
-            raise ValueError(f"{path} is {a.shape[2]} × {a.shape[1]}, others are {width} × {height}; give a size to crop and scale to")
+    if other := [(p, a.shape) for a, p in zip(arrays, paths) if a.shape[1:] != (height, width)]:
+        raise ValueError("{0} is {1[2]} × {1[1]}, others are {2} × {3}; give a size to crop and scale to".format(*other[0], width, height))
     return torch.from_numpy(np.stack([np.broadcast_to(a, (channels, height, width)) for a in arrays]))
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-39
+# %% ../../nbs/0_core/00_images.ipynb #00-images-37
 def _splits(path):
     "The folders `{'train': …, 'test': …}` in PATH, or beside it where PATH is one of them; empty where nobody has split."
     for top in (path, path.parent if path.name in ("train", "test") else path):
@@ -183,15 +178,13 @@ def _splits(path):
 def _fifth(labels, split):
     "The rows of a split where nobody has split yet: of every class a fifth for the test, by seed 0. ValueError if that leaves none."
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    test = torch.zeros(len(labels), dtype=torch.bool)
-    for c in labels.unique():
-        members = order[labels[order] == c]
-        test[members[: len(members) // 5]] = True
-    if not test.any():
+    classes = [order[labels[order] == c] for c in labels.unique()]
+    test = torch.cat([rows[: len(rows) // 5] for rows in classes])
+    if not len(test):
         raise ValueError("no class has five images, too few to set a fifth aside for the test; make the folders train and test yourself")
-    return torch.where(test == (split == "test"))[0]
+    return torch.where(torch.isin(torch.arange(len(labels)), test) == (split == "test"))[0]
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-42
+# %% ../../nbs/0_core/00_images.ipynb #00-images-39
 def _classes(folders):
     "The names of all class folders, sorted. ValueError for `train` beside `val`, which would pass for two classes."
     names = {p.name for folder in folders for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
@@ -202,8 +195,6 @@ def _classes(folders):
 
 def _tree(place, classes, size):
     "All images of the class folders in `place`, folders within them included. ValueError if there are none."
-    from tqdm import tqdm
-
     files = [(f, i) for i, c in enumerate(classes) for f in sorted((place / c).rglob("*")) if f.suffix.lower() in suffixes]
     read = [(a, f, i) for f, i in tqdm(files, desc=place.name, disable=len(files) < 2000) if (a := _read(f, size)) is not None]
     if not read:
@@ -215,8 +206,7 @@ def _tree(place, classes, size):
 def _folder(path, split, size):
     """Images of a tree with a folder for each class; without `train` and `test` in it, a stratified fifth is the test split.
 
-    Raises ValueError for a missing folder, one without readable images, images of several sizes without `size`, or too few to split.
-    """
+    Raises ValueError for a missing folder, one without readable images, images of several sizes without `size`, or too few to split."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"no folder {path}; give folder:PATH of a tree with one folder of images for each class")
@@ -224,12 +214,27 @@ def _folder(path, split, size):
     images = _tree(folders.get(split, path), _classes(list(folders.values()) or [path]), size)
     return images if folders else images[_fifth(images.labels, split)]
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-44
-sources = {"digits": _digits, "shapes": lambda split, size, root: draw_shapes(4096 if split == "train" else 1024, size or 32, seed=int(split == "test"))}
+# %% ../../nbs/0_core/00_images.ipynb #00-images-41
+def _cifar10(split, size, root):
+    """CIFAR-10 by torchvision: 50,000 or 10,000 images of 32 × 32 pixels (or `size`), downloaded to `root` (or data) unless they are there.
+
+    Raises RuntimeError that says where to get and place the archive when there is no whole copy and none can be had."""
+    from torchvision.datasets import CIFAR10
+
+    root = Path(root or "data").expanduser()
+    try:
+        found = CIFAR10(root, split == "train", download=True)
+    except Exception as e:  # torchvision and the network raise many kinds
+        raise RuntimeError(f"CIFAR-10 is missing or damaged in {root} and could not be fetched ({e}); get {CIFAR10.url} on another machine, "
+                           f"place it in {root}, delete {root / CIFAR10.base_folder} if it exists, and load again") from e  # fmt: skip
+    return ImageSet(_stack([_pixels(Image.fromarray(a), size) for a in found.data], found.targets), torch.tensor(found.targets), tuple(found.classes))
+
+# %% ../../nbs/0_core/00_images.ipynb #00-images-45
+sources = {"digits": _digits, "shapes": lambda split, size, root: draw_shapes(4096 if split == "train" else 1024, size or 32, seed=int(split == "test")), "cifar10": _cifar10}
 
 
 def load(name, split="train", size=None, root=None):
-    """An `ImageSet` by name: `digits`, `shapes` (4,096 and 1,024 of `draw_shapes`), or `folder:PATH` for any class-per-folder tree of image files.
+    """An `ImageSet` by name: `digits`, `shapes` (4,096 and 1,024 of `draw_shapes`), `cifar10`, or `folder:PATH` for any class-per-folder tree of image files.
 
     `split`: `train` or `test`; `size`: crop to the centre square and scale to that many pixels; `root`: the folder of data sets with files of their own.
     Raises ValueError for an unknown name, split or size, and what the source raises."""

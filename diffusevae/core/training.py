@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Settings', 'lr_at', 'split', 'epoch_order', 'rows_of_step', 'make_batch', 'optimizers_of', 'optimize', 'validate',
-           'Trainer', 'judge', 'identity', 'keep', 'resume', 'train']
+           'placed', 'accelerated', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train']
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-03
 import functools
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import load, restore, save, save_system
-from .ema import Ema
-from .images import Batch, to_float
-from .layers import pick_device
+from .checkpoints import restore_training, save_system, save_training
+from .ema import Accelerated, Ema
+from .images import Batch
+from .layers import compilations, pick_compile, pick_device, pick_precision, precisions
 from .logs import Log, Progress, check_finite
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-05
@@ -42,6 +42,8 @@ class Settings:
     log_every: int = 10  # steps
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"  # that the networks compute in: float32, bfloat16, or what suits the device; weights and losses are float32
+    compile: str = "auto"  # the networks: on, off, graphs (on, with CUDA graphs), or what suits the device
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "lr", "validate_every", "checkpoint_every", "log_every")
@@ -50,8 +52,9 @@ class Settings:
                 raise ValueError(f"{name} must {'be positive' if name in positive else 'not be negative'}, got {value}")
         if wrong := [name for name in ("ema", "validation") if not 0 <= getattr(self, name) < 1]:
             raise ValueError(f"{wrong[0]} must lie in [0, 1), got {getattr(self, wrong[0])}")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule must be constant or cosine, got {self.schedule!r}")
+        for name, allowed in (("schedule", ("constant", "cosine")), ("precision", precisions), ("compile", compilations)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}")
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-07
 def lr_at(step, settings):
@@ -70,25 +73,28 @@ def split(images, fraction, seed=0):
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-17
 @functools.lru_cache(maxsize=4)
-def epoch_order(epoch, n, seed):
-    "The order of `n` images in an epoch, int64 `(n,)`: a function of its arguments alone, so that nothing needs to be saved to resume."
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+def epoch_order(epoch, n, seed, device=None):
+    "The order of `n` images in an epoch, int64 `(n,)` on `device`: a function of its arguments alone, so that nothing needs to be saved to resume."
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).to(device)
 
 
-def rows_of_step(step, n, batch_size, seed):
+def rows_of_step(step, n, batch_size, seed, device=None):
     "Which of `n` images make the batch of step 0, 1, …: consecutive pieces of one epoch's order after another, int64 `(batch_size,)`."
     first, end = step * batch_size, (step + 1) * batch_size
-    return torch.cat([epoch_order(e, n, seed)[max(first - e * n, 0) : end - e * n] for e in range(first // n, (end - 1) // n + 1)])
+    return torch.cat([epoch_order(e, n, seed, device)[max(first - e * n, 0) : end - e * n] for e in range(first // n, (end - 1) // n + 1)])
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-19
 def make_batch(images, rows, flip=False):
-    "The images of `rows` as a `Batch` on their device, floats in [-1, 1]; `flip` mirrors each with probability one half."
-    part = images[rows := rows.to(images.images.device)]
-    x = to_float(part.images)
-    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x) if flip else x
-    return Batch(x, part.labels, part.attributes, rows)
+    """The `rows` of an ImageSet, or another set with `x` and `labels`, as a `Batch` on its device; `flip` mirrors each with probability one half.
 
-# %% ../../nbs/0_core/06_training.ipynb #06-training-24
+    In memory the channels come last, as convolutions like it. Raises ValueError for `flip` of a set that says `flippable = False`."""
+    if flip and not getattr(images, "flippable", True):
+        raise ValueError("flip mirrors pixels, and a mirrored latent is not the latent of the mirrored image; encode mirrored images too, and set flip to False")
+    x = (part := images[rows]).x
+    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x) if flip else x
+    return Batch(x.contiguous(memory_format=torch.channels_last), part.labels, getattr(part, "attributes", None), rows.to(x.device))
+
+# %% ../../nbs/0_core/06_training.ipynb #06-training-23
 def optimizers_of(system, settings):
     "What a system's `optimizers(settings)` returns, or one AdamW (Loshchilov and Hutter 2019). ValueError for several without `step`."
     if not hasattr(system, "optimizers"):
@@ -114,7 +120,7 @@ def optimize(system, batch, optimizers, parameters, clip=0.0):
     optimizers[0].step()
     return terms, norm
 
-# %% ../../nbs/0_core/06_training.ipynb #06-training-28
+# %% ../../nbs/0_core/06_training.ipynb #06-training-27
 @torch.no_grad()
 def validate(system, images, batch_size, seed=0):
     "Mean of each term of the loss over `images`, in evaluation mode, always with the same random numbers: `{'validation_loss': float, …}`."
@@ -123,16 +129,29 @@ def validate(system, images, batch_size, seed=0):
     parts = [(len(rows), system.loss(make_batch(images, rows))) for rows in torch.arange(len(images)).split(batch_size)]
     return {f"validation_{k}": sum(n * float(terms[k]) for n, terms in parts) / len(images) for k in parts[0][1]}
 
+# %% ../../nbs/0_core/06_training.ipynb #06-training-30
+def placed(images, device):
+    "The same set with its tensors on `device`, coloured images with the channels last: batches then need neither a transfer nor a copy."
+    tensors = {k: v for k, v in vars(images).items() if torch.is_tensor(v)}
+    order = {k: torch.channels_last if v.ndim == 4 and v.shape[1] > 1 else torch.preserve_format for k, v in tensors.items()}
+    return replace(images, **{k: v.to(device, memory_format=order[k]) for k, v in tensors.items()})
+
+
+def accelerated(system, settings, device):
+    "`Accelerated` as the settings say for this device. Left to `auto`, a system with a `step` of its own is not compiled: it may need gradients of gradients."
+    how = "off" if settings.compile == "auto" and hasattr(system, "step") else settings.compile
+    return Accelerated(system, pick_precision(settings.precision, device), pick_compile(how, device, settings.steps))
+
 # %% ../../nbs/0_core/06_training.ipynb #06-training-31
 class Trainer:
     "A training between two steps: system, averaged weights, optimizers, and how far it has come. `train` below is the loop around it."
     def __init__(self, system, images, settings, run_dir):
         self.settings, self.run_dir, self.device = settings, Path(run_dir), pick_device(settings.device)
         self.system, self.last = system.to(self.device), self.run_dir / "last.safetensors"
-        images = replace(images, **{k: v.to(self.device) for k, v in vars(images).items() if torch.is_tensor(v)})
-        self.training, self.validation = split(images, settings.validation, settings.seed)
+        self.training, self.validation = split(placed(images, self.device), settings.validation, settings.seed)
         self.parameters = [p for p in system.parameters() if p.requires_grad]
         self.ema, self.optimizers = Ema(self.parameters, settings.ema), optimizers_of(system, settings)
+        self.fast = accelerated(system, settings, self.device)
         self.step, self.seconds, self.best, self.bad = 0, 0.0, math.inf, 0
 
     @property
@@ -157,44 +176,29 @@ class Trainer:
     def _update(self, s):
         seeded, seed = torch.default_generator if self.parameters[0].is_cpu else torch, 1_000_003 * s.seed + self.step
         seeded.manual_seed(seed)  # torch itself seeds every device that might be there, which takes half a millisecond
-        batch = make_batch(self.training, rows_of_step(self.step, len(self.training), s.batch_size, s.seed), s.flip)
+        batch = make_batch(self.training, rows_of_step(self.step, len(self.training), s.batch_size, s.seed, self.device), s.flip)
         for group in (g for o in self.optimizers for g in o.param_groups):
             group["lr"] = (lr := lr_at(self.step, s)) * group.get("lr_scale", 1.0)
-        terms, norm = optimize(self.system, batch, self.optimizers, self.parameters, s.clip)
+        with self.fast.applied():
+            terms, norm = optimize(self.system, batch, self.optimizers, self.parameters, s.clip)
         self.ema.update(self.step)
         self.step += 1
         return {k: torch.as_tensor(v).detach() for k, v in terms.items()}, lr, norm
 
-# %% ../../nbs/0_core/06_training.ipynb #06-training-33
+# %% ../../nbs/0_core/06_training.ipynb #06-training-32
 def judge(trainer):
     "Validate the averaged weights; the best so far become `best.safetensors`, others count towards `patience`. Returns the validation's means."
-    with trainer.ema.applied():
+    with trainer.ema.applied(), trainer.fast.applied():
         means = validate(trainer.system, trainer.validation, trainer.settings.batch_size, trainer.settings.seed)
         if better := means["validation_loss"] < trainer.best:
             save_system(trainer.run_dir / "best.safetensors", trainer.system, step=trainer.step, **means)
     trainer.best, trainer.bad = (means["validation_loss"], 0) if better else (trainer.best, trainer.bad + 1)
     return means
 
-# %% ../../nbs/0_core/06_training.ipynb #06-training-35
-def _pack(optimizers):
-    "The optimizers' tensors by name: optimizer, parameter, what."
-    states = ((f"optimizer.{n}.{i}", s) for n, o in enumerate(optimizers) for i, s in o.state_dict()["state"].items())
-    return {f"{name}.{k}": v for name, s in states for k, v in s.items() if torch.is_tensor(v)}
-
-
-def _unpack(optimizers, tensors):
-    "Put tensors that `_pack` named back, in the memory order of their parameters: files have one order, fused optimizers pair by place."
-    for n, optimizer in enumerate(optimizers):
-        parameters, state = [p for g in optimizer.param_groups for p in g["params"]], {}
-        for _, _, i, what in (k.split(".") for k in tensors if k.startswith(f"optimizer.{n}.")):
-            v, p = tensors[f"optimizer.{n}.{i}.{what}"], parameters[int(i)]
-            state.setdefault(int(i), {})[what] = torch.empty_like(p, dtype=v.dtype).copy_(v) if v.shape == p.shape else v
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-# %% ../../nbs/0_core/06_training.ipynb #06-training-36
+# %% ../../nbs/0_core/06_training.ipynb #06-training-34
 def identity(trainer):
     "What a training must share with the one that it resumes: settings, architecture and number of images, as plain JSON."
-    may_change = ("device", "patience", "checkpoint_every", "log_every")
+    may_change = ("device", "compile", "patience", "checkpoint_every", "log_every")
     settings = {k: v for k, v in asdict(trainer.settings).items() if k not in may_change}
     return json.loads(json.dumps({**settings, "architecture": trainer.system.config, "images": len(trainer.training)}))
 
@@ -203,28 +207,22 @@ def identity(trainer):
 def keep(trainer):
     "Write all that resuming needs to `last.safetensors`; without a validation set, the averaged weights become `best.safetensors`."
     check_finite({"norm of the weights": sum(torch._foreach_norm(trainer.parameters))}, trainer.step, trainer.last)
-    weights = {f"model.{k}": v for k, v in trainer.system.state_dict().items()} | {f"ema.{i}": v for i, v in enumerate(trainer.ema.average)}
     info = {"identity": identity(trainer), **{k: getattr(trainer, k) for k in ("step", "seconds", "best", "bad")}}
-    save(trainer.last, weights | _pack(trainer.optimizers), info)
+    save_training(trainer.last, trainer.system, {"ema": trainer.ema.average}, trainer.optimizers, info)
     if not trainer.validation:
         with trainer.ema.applied():
             save_system(trainer.run_dir / "best.safetensors", trainer.system, step=trainer.step)
 
-# %% ../../nbs/0_core/06_training.ipynb #06-training-37
+
 def resume(trainer):
     "Go on from the trainer's `last.safetensors`. ValueError when it is damaged, or of another training, with what differs."
-    tensors, info = load(path := trainer.last, trainer.device)
-    theirs, ours = info.pop("identity", {}), identity(trainer)
-    if wrong := [k for k in ours if theirs.get(k) != ours[k]]:
-        raise ValueError(f"{path} is of another training (other {', '.join(wrong)}); choose an empty folder, or delete this one to start over")
-    restore(trainer.system, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, path)
-    torch._foreach_copy_(trainer.ema.average, [tensors[f"ema.{i}"] for i in range(len(trainer.parameters))])
-    _unpack(trainer.optimizers, tensors)
-    vars(trainer).update(info)
+    averages, ours = {"ema": trainer.ema.average}, identity(trainer)
+    info = restore_training(trainer.last, trainer.system, averages, trainer.optimizers, ours, trainer.device)
+    vars(trainer).update({k: v for k, v in info.items() if k != "identity"})
 
-# %% ../../nbs/0_core/06_training.ipynb #06-training-38
+
 def train(system, images, settings, run_dir):
-    """Train `system` on the `images` of an ImageSet: a generator that yields a `Progress` after each step; every step reseeds torch.
+    """Train `system` on an ImageSet, or another set as `make_batch` takes it: a generator that yields a `Progress` after each step; every step reseeds torch.
 
     Leaves `best.safetensors` (averaged weights), `last.safetensors` (all that resuming needs), `metrics.jsonl` and `tensorboard/` in `run_dir`;
     started again there, it goes on. Raises ValueError for another training's folder, FloatingPointError for a loss that is no number."""
