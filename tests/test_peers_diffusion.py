@@ -666,6 +666,18 @@ def test_bad_settings_of_single_samplers():
             samplers.ddim_invert(None, process, x, **bad)
 
 
+@every_sampler
+def test_no_sampler_waits_for_the_device(how):
+    "`meta` tensors hold no numbers: whatever reads one on the way (`int(t)`, `if x > 0`) fails there, and would make a GPU wait."
+    sampler, settings = HOW[how]
+    process = Diffusion(Schedule(schedules.linear(100)), "v", "learned_range").to("meta")
+    net = lambda x, t, cond: torch.cat([x, x], 1)
+    x_T = torch.zeros(2, 1, 4, 4, device="meta")
+    for seeds in (None, [1, 2]):
+        assert len(list(sampler(net, process, x_T, steps=5, clip=0.9, seeds=seeds, **settings))) == 5
+    assert len(list(samplers.ddim_invert(net, process, x_T, steps=5, corrections=2))) == 5
+
+
 @pytest.mark.parametrize("name, calls", [("ddpm", 8), ("ddim", 8), ("dpm_solver", 8), ("heun", 15)])
 def test_network_calls(name, calls):
     asked, process = [], Diffusion(Schedule(schedules.linear(100)), "x0")

@@ -68,8 +68,8 @@ def save(path, tensors, info):
         temporary.chmod(mode)
 
 # %% ../../nbs/0_core/03_checkpoints.ipynb #03-checkpoints-17
-def load(path, device="cpu"):
-    """Read what `save` wrote: `(tensors, info)`, the tensors on `device`.
+def load(path, device="cpu", only=None):
+    """Read what `save` wrote: `(tensors, info)`, the tensors on `device`; `only` those of some names, () for the info alone.
 
     Raises FileNotFoundError for a missing file and ValueError for a truncated or foreign one. Runs none of the file's code.
     """
@@ -78,7 +78,8 @@ def load(path, device="cpu"):
         raise FileNotFoundError(f"no checkpoint at {path}; train first, or give the path of a .safetensors file")
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k).to(device) for k in f.keys()}, json.loads((f.metadata() or {})["info"])
+            names = f.keys() if only is None else only
+            return {k: f.get_tensor(k).to(device) for k in names}, json.loads((f.metadata() or {})["info"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is truncated or no checkpoint of this kit ({e}); use last.safetensors or best.safetensors of a run") from e
 
@@ -173,9 +174,9 @@ def restore_optimizers(optimizers, tensors):
 
 # %% ../../nbs/0_core/03_checkpoints.ipynb #03-checkpoints-38
 def save_training(path, system, averages, optimizers, info):
-    "Write a training's system, its `averages` (lists of tensors by name), what its optimizers remember, and the JSON value `info`. Errors as `save`."
+    "Write a training's system, its `averages` (by name, each with a list of tensors `average`), its optimizers' memory, and the JSON value `info`. Errors as `save`."
     tensors = {f"model.{k}": v for k, v in system.state_dict().items()} | optimizer_tensors(optimizers)
-    save(path, tensors | {f"{name}.{i}": v for name, average in averages.items() for i, v in enumerate(average)}, info)
+    save(path, tensors | {f"{name}.{i}": v for name, a in averages.items() for i, v in enumerate(a.average)}, info)
 
 
 @torch.no_grad()
@@ -187,8 +188,8 @@ def restore_training(path, system, averages, optimizers, identity, device="cpu")
     if wrong := [k for k in identity if info.get("identity", {}).get(k) != identity[k]]:
         raise ValueError(f"{path} is of another training (other {', '.join(wrong)}); choose an empty folder, or delete this one to start over")
     restore(system, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, path)
-    for name, average in averages.items():
-        torch._foreach_copy_(average, [tensors[f"{name}.{i}"] for i in range(len(average))])
+    for name, a in averages.items():
+        torch._foreach_copy_(a.average, [tensors[f"{name}.{i}"] for i in range(len(a.average))])
     restore_optimizers(optimizers, tensors)
     return info
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-06
+# %% ../../nbs/0_core/00_images.ipynb #00-images-05
 @dataclass(frozen=True)
 class ImageSet:
     """Images with what is known of them: uint8 `(N, C, H, W)`, labels int64 `(N,)` or None, the classes' names, attributes `(N, A)` or None.
@@ -49,7 +49,7 @@ class ImageSet:
         "All images as networks see them: float32 `(N, C, H, W)` in [-1, 1]."
         return to_float(self.images)
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-09
+# %% ../../nbs/0_core/00_images.ipynb #00-images-08
 @dataclass(frozen=True)
 class Batch:
     "What a system's loss is given: images `x` float32 `(B, C, H, W)` in [-1, 1], and what is known of them, batched alike, or None."
@@ -59,7 +59,7 @@ class Batch:
     attributes: torch.Tensor | None = None
     index: torch.Tensor | None = None
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-12
+# %% ../../nbs/0_core/00_images.ipynb #00-images-11
 def to_float(images):
     "uint8 images as float32 in [-1, 1]: 0 is -1, 255 is 1. Raises ValueError for any other type."
     if images.dtype != torch.uint8:
@@ -73,7 +73,7 @@ def to_uint8(x):
         raise ValueError(f"to_uint8 takes floats in [-1, 1], got {x.dtype}; uint8 images need no conversion")
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-16
+# %% ../../nbs/0_core/00_images.ipynb #00-images-15
 def _digits(split, size, root):
     "scikit-learn's 1,797 digits, bilinear from 8 × 8 to 16 × 16 (or `size`), stratified into 1,437 and 360 by seed 0."
     from sklearn.datasets import load_digits
@@ -86,7 +86,7 @@ def _digits(split, size, root):
     x = F.interpolate(x, size=(size or 16,) * 2, mode="bilinear")
     return ImageSet(to_uint8(x), torch.tensor(data.target[chosen], dtype=torch.int64), tuple("0123456789"))
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-21
+# %% ../../nbs/0_core/00_images.ipynb #00-images-20
 # what an image of `shapes` is drawn from, and the ranges: units as in `render_shapes`
 shape_factors = {"shape": (0, 2), "hue": (0.0, 0.75), "size": (0.25, 0.5), "x": (-0.5, 0.5), "y": (-0.5, 0.5), "rotation": (-45.0, 45.0), "background": (0.0, 0.8)}
 
@@ -129,7 +129,7 @@ def draw_shapes(n, size=32, seed=0):
     factors = torch.cat([(factors[:, :1] * 1.5).floor(), factors[:, 1:]], 1).float()  # the shape: [0, 2) to 0, 1, 2
     return ImageSet(render_shapes(factors, size), factors[:, 0].long(), ("square", "ellipse", "triangle"), factors, tuple(shape_factors))
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-25
+# %% ../../nbs/0_core/00_images.ipynb #00-images-24
 suffixes = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -137,7 +137,7 @@ def _square(picture, size):
     "A PIL picture's centre square, scaled to `size` pixels; untouched without a size."
     return picture if size is None else ImageOps.fit(picture, (size, size), method=3)  # 3: bicubic, with antialiasing
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-30
+# %% ../../nbs/0_core/00_images.ipynb #00-images-29
 def _pixels(picture, size):
     "A PIL picture, upright, as a uint8 array `(C, H, W)`: 1 channel for grey ones, 3 for all others. ValueError for more than 8 bits."
     picture = ImageOps.exif_transpose(picture)
@@ -147,7 +147,7 @@ def _pixels(picture, size):
     pixels = np.array(picture)
     return pixels[None] if picture.mode == "L" else pixels.transpose(2, 0, 1)
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-33
+# %% ../../nbs/0_core/00_images.ipynb #00-images-32
 def _read(path, size):
     "The pixels of one image file, uint8 `(C, H, W)`; None, with a warning that names it, if it cannot be read."
     try:
@@ -157,7 +157,7 @@ def _read(path, size):
         warnings.warn(f"left out {path}: cannot be read as an image ({e})", stacklevel=2)
         return None
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-34
+# %% ../../nbs/0_core/00_images.ipynb #00-images-33
 def _stack(arrays, paths):
     "Arrays `(C, H, W)` of one size as a tensor `(N, C, H, W)`; grey ones among coloured ones become coloured. ValueError names the first of another size."
     channels, (height, width) = max(len(a) for a in arrays), arrays[0].shape[1:]
@@ -165,7 +165,7 @@ def _stack(arrays, paths):
         raise ValueError("{0} is {1[2]} × {1[1]}, others are {2} × {3}; give a size to crop and scale to".format(*other[0], width, height))
     return torch.from_numpy(np.stack([np.broadcast_to(a, (channels, height, width)) for a in arrays]))
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-37
+# %% ../../nbs/0_core/00_images.ipynb #00-images-36
 def _splits(path):
     "The folders `{'train': …, 'test': …}` in PATH, or beside it where PATH is one of them; empty where nobody has split."
     for top in (path, path.parent if path.name in ("train", "test") else path):
@@ -184,7 +184,7 @@ def _fifth(labels, split):
         raise ValueError("no class has five images, too few to set a fifth aside for the test; make the folders train and test yourself")
     return torch.where(torch.isin(torch.arange(len(labels)), test) == (split == "test"))[0]
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-39
+# %% ../../nbs/0_core/00_images.ipynb #00-images-38
 def _classes(folders):
     "The names of all class folders, sorted. ValueError for `train` beside `val`, which would pass for two classes."
     names = {p.name for folder in folders for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
@@ -214,7 +214,7 @@ def _folder(path, split, size):
     images = _tree(folders.get(split, path), _classes(list(folders.values()) or [path]), size)
     return images if folders else images[_fifth(images.labels, split)]
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-41
+# %% ../../nbs/0_core/00_images.ipynb #00-images-40
 def _cifar10(split, size, root):
     """CIFAR-10 by torchvision: 50,000 or 10,000 images of 32 × 32 pixels (or `size`), downloaded to `root` (or data) unless they are there.
 
@@ -229,7 +229,7 @@ def _cifar10(split, size, root):
                            f"place it in {root}, delete {root / CIFAR10.base_folder} if it exists, and load again") from e  # fmt: skip
     return ImageSet(_stack([_pixels(Image.fromarray(a), size) for a in found.data], found.targets), torch.tensor(found.targets), tuple(found.classes))
 
-# %% ../../nbs/0_core/00_images.ipynb #00-images-45
+# %% ../../nbs/0_core/00_images.ipynb #00-images-44
 sources = {"digits": _digits, "shapes": lambda split, size, root: draw_shapes(4096 if split == "train" else 1024, size or 32, seed=int(split == "test")), "cifar10": _cifar10}
 
 

@@ -133,7 +133,7 @@ class ResidualBlock(nn.Module):
         scale, shift = told.chunk(2, dim=1)
         return torch.addcmul(shift, self.norm2(h), 1 + scale)
 
-# %% ../../nbs/0_core/02_layers.ipynb #02-layers-36
+# %% ../../nbs/0_core/02_layers.ipynb #02-layers-38
 class Attention(nn.Module):
     """Attention among tokens, `(B, N, C)` to the same shape, in `heads` heads; `linear(c_in, c_out)` makes its two maps.
 
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         q, k, _ = self.parts(x)
         return torch.softmax((q @ k.transpose(2, 3)).float() / q.shape[3] ** 0.5, dim=3)
 
-# %% ../../nbs/0_core/02_layers.ipynb #02-layers-38
+# %% ../../nbs/0_core/02_layers.ipynb #02-layers-42
 class SelfAttention(Attention):
     """x + attention over all pixels, `(B, C, H, W) -> (B, C, H, W)`, in `heads` heads; the tokens of `weights` are the pixels, row by row.
 
@@ -185,7 +185,7 @@ class SelfAttention(Attention):
     def forward(self, x):
         return x + self.out(self.mix(x).transpose(1, 2).unflatten(2, x.shape[2:]))
 
-# %% ../../nbs/0_core/02_layers.ipynb #02-layers-42
+# %% ../../nbs/0_core/02_layers.ipynb #02-layers-46
 resamplings = ("conv", "same", "pool")
 
 

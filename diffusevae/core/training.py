@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Settings', 'lr_at', 'split', 'epoch_order', 'rows_of_step', 'make_batch', 'optimizers_of', 'optimize', 'validate',
-           'placed', 'accelerated', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train']
+           'placed', 'update', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train']
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-03
 import functools
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import restore_training, save_system, save_training
-from .ema import Accelerated, Ema
+from .ema import Accelerated, averages_of, save_snapshot
 from .images import Batch
 from .layers import compilations, pick_compile, pick_device, pick_precision, precisions
 from .logs import Log, Progress, check_finite
@@ -34,6 +34,7 @@ class Settings:
     schedule: str = "cosine"  # after the warm-up: constant, or cosine down to 0 at `steps`
     clip: float = 1.0  # largest norm of the whole gradient, 0 for no clipping
     ema: float = 0.999  # largest decay of the averaged weights, 0 for none
+    ema_snapshots: int = 0  # steps between snapshots of two more averages, so that the EMA can be chosen afterwards; 0 for none
     flip: bool = False  # mirror half of the images left to right
     validation: float = 0.05  # share of the images held out, 0 for none
     validate_every: int = 100  # steps
@@ -47,7 +48,7 @@ class Settings:
 
     def __post_init__(self):
         positive = ("steps", "batch_size", "lr", "validate_every", "checkpoint_every", "log_every")
-        for name in positive + ("weight_decay", "warmup", "clip", "patience"):
+        for name in positive + ("weight_decay", "warmup", "clip", "patience", "ema_snapshots"):
             if not (value := getattr(self, name)) >= 0 or (name in positive and not value):
                 raise ValueError(f"{name} must {'be positive' if name in positive else 'not be negative'}, got {value}")
         if wrong := [name for name in ("ema", "validation") if not 0 <= getattr(self, name) < 1]:
@@ -137,10 +138,19 @@ def placed(images, device):
     return replace(images, **{k: v.to(device, memory_format=order[k]) for k, v in tensors.items()})
 
 
-def accelerated(system, settings, device):
-    "`Accelerated` as the settings say for this device. Left to `auto`, a system with a `step` of its own is not compiled: it may need gradients of gradients."
-    how = "off" if settings.compile == "auto" and hasattr(system, "step") else settings.compile
-    return Accelerated(system, pick_precision(settings.precision, device), pick_compile(how, device, settings.steps))
+def update(trainer):
+    "One optimizer step and its averages: (the loss's terms, learning rate, norm of the gradient), all detached."
+    s, step, device = trainer.settings, trainer.step, trainer.device
+    seeded = torch.default_generator if trainer.parameters[0].is_cpu else torch
+    seeded.manual_seed(1_000_003 * s.seed + step)  # torch itself seeds every device that might be there, which takes half a millisecond
+    batch = make_batch(trainer.training, rows_of_step(step, len(trainer.training), s.batch_size, s.seed, device), s.flip)
+    for group in (g for o in trainer.optimizers for g in o.param_groups):
+        group["lr"] = (lr := lr_at(step, s)) * group.get("lr_scale", 1.0)
+    with trainer.fast.applied():
+        terms, norm = optimize(trainer.system, batch, trainer.optimizers, trainer.parameters, s.clip)
+    for average in trainer.averages.values():
+        average.update(step)
+    return {k: torch.as_tensor(v).detach() for k, v in terms.items()}, lr, norm
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-31
 class Trainer:
@@ -150,8 +160,9 @@ class Trainer:
         self.system, self.last = system.to(self.device), self.run_dir / "last.safetensors"
         self.training, self.validation = split(placed(images, self.device), settings.validation, settings.seed)
         self.parameters = [p for p in system.parameters() if p.requires_grad]
-        self.ema, self.optimizers = Ema(self.parameters, settings.ema), optimizers_of(system, settings)
-        self.fast = accelerated(system, settings, self.device)
+        self.averages, self.optimizers = averages_of(self.parameters, settings.ema, settings.ema_snapshots > 0), optimizers_of(system, settings)
+        how = "off" if settings.compile == "auto" and hasattr(system, "step") else settings.compile  # that may need gradients of gradients
+        self.fast = Accelerated(system, pick_precision(settings.precision, self.device), pick_compile(how, self.device, settings.steps))
         self.step, self.seconds, self.best, self.bad = 0, 0.0, math.inf, 0
 
     @property
@@ -164,31 +175,22 @@ class Trainer:
     def advance(self):
         "One step, with validation and checkpoint when they are due: its `Progress`. FloatingPointError when the loss is no number."
         started, s = time.perf_counter(), self.settings
-        terms, lr, norm = self._update(s)
-        if self.parameters[0].is_cpu or self.due(s.log_every) or self.due(s.validate_every):  # a look stalls other devices
+        terms, lr, norm = update(self)
+        self.step += 1
+        if self.parameters[0].is_cpu or any(self.due(n) for n in (s.log_every, s.validate_every, s.ema_snapshots) if n):  # a look stalls other devices
             check_finite({**terms, "gradient norm": norm}, self.step, self.last)
         checked = judge(self) if self.validation and self.due(s.validate_every) else None
         self.seconds += time.perf_counter() - started
         if self.due(s.checkpoint_every):
             keep(self)
+        if s.ema_snapshots and self.due(s.ema_snapshots):
+            save_snapshot(self.run_dir, self.step, self.system, self.averages.values())
         return Progress(self.step, s.steps, terms, lr, norm, self.seconds, checked)
-
-    def _update(self, s):
-        seeded, seed = torch.default_generator if self.parameters[0].is_cpu else torch, 1_000_003 * s.seed + self.step
-        seeded.manual_seed(seed)  # torch itself seeds every device that might be there, which takes half a millisecond
-        batch = make_batch(self.training, rows_of_step(self.step, len(self.training), s.batch_size, s.seed, self.device), s.flip)
-        for group in (g for o in self.optimizers for g in o.param_groups):
-            group["lr"] = (lr := lr_at(self.step, s)) * group.get("lr_scale", 1.0)
-        with self.fast.applied():
-            terms, norm = optimize(self.system, batch, self.optimizers, self.parameters, s.clip)
-        self.ema.update(self.step)
-        self.step += 1
-        return {k: torch.as_tensor(v).detach() for k, v in terms.items()}, lr, norm
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-32
 def judge(trainer):
     "Validate the averaged weights; the best so far become `best.safetensors`, others count towards `patience`. Returns the validation's means."
-    with trainer.ema.applied(), trainer.fast.applied():
+    with trainer.averages["ema"].applied(), trainer.fast.applied():
         means = validate(trainer.system, trainer.validation, trainer.settings.batch_size, trainer.settings.seed)
         if better := means["validation_loss"] < trainer.best:
             save_system(trainer.run_dir / "best.safetensors", trainer.system, step=trainer.step, **means)
@@ -208,16 +210,15 @@ def keep(trainer):
     "Write all that resuming needs to `last.safetensors`; without a validation set, the averaged weights become `best.safetensors`."
     check_finite({"norm of the weights": sum(torch._foreach_norm(trainer.parameters))}, trainer.step, trainer.last)
     info = {"identity": identity(trainer), **{k: getattr(trainer, k) for k in ("step", "seconds", "best", "bad")}}
-    save_training(trainer.last, trainer.system, {"ema": trainer.ema.average}, trainer.optimizers, info)
+    save_training(trainer.last, trainer.system, trainer.averages, trainer.optimizers, info)
     if not trainer.validation:
-        with trainer.ema.applied():
+        with trainer.averages["ema"].applied():
             save_system(trainer.run_dir / "best.safetensors", trainer.system, step=trainer.step)
 
 
 def resume(trainer):
     "Go on from the trainer's `last.safetensors`. ValueError when it is damaged, or of another training, with what differs."
-    averages, ours = {"ema": trainer.ema.average}, identity(trainer)
-    info = restore_training(trainer.last, trainer.system, averages, trainer.optimizers, ours, trainer.device)
+    info = restore_training(trainer.last, trainer.system, trainer.averages, trainer.optimizers, identity(trainer), trainer.device)
     vars(trainer).update({k: v for k, v in info.items() if k != "identity"})
 
 

@@ -167,11 +167,11 @@ def class_labels(n, label, classes):
         return torch.arange(n) % classes if classes else None
     if not classes:
         raise ValueError("labels are given, but the network was built without classes; leave them out, or build it with classes")
-    label = torch.as_tensor(label).cpu()
-    label = label.expand(n) if label.ndim == 0 else label
-    if label.shape != (n,) or label.is_floating_point() or ((label < -1) | (label >= classes)).any():
-        raise ValueError(f"labels must be {n} whole numbers in 0 … {classes - 1}, or -1 for no class, got {label.tolist()}")
-    return label.long()
+    given = torch.as_tensor(label).cpu()
+    label = given.long().expand(n) if given.ndim == 0 else given.long()
+    if label.shape != (n,) or given.is_floating_point() or ((label < -1) | (label >= classes)).any():
+        raise ValueError(f"labels must be {n} whole numbers in 0 … {classes - 1}, or -1 for no class, got {given.tolist()}")
+    return label
 
 # %% ../../nbs/3_diffusion/38_ddpm.ipynb #38-ddpm-32
 class Drawing(nn.Module):

@@ -76,7 +76,7 @@ def cfg(model, w, interval=None, rescale=0.0):
         if w == 0 or on is not None and not on.any():
             return model(x_t, t, cond)
         out, free = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both(cond)).chunk(2)
-        return _further(out, free, w if on is None else w * column(on, x_t), x_t, rescale)
+        return _further(out, free, w if on is None else w * column(on, x_t).to(x_t.dtype), x_t, rescale)
 
     return guided
 

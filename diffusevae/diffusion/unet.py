@@ -196,7 +196,7 @@ class UNet(Denoiser):
         x = self.levels(self.stem(x), self.embedding(t, cond))
         return F.pixel_shuffle(self.head(x), self.patch)
 
-# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-35
+# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-33
 _ho = dict(width=128, blocks=2, attention=(16,), scale_shift=False, groups=32, resample="same", freq_shift=1, norm_eps=1e-6)
 _lean = dict(width=64, multipliers=(1, 1), patch=2)
 published = {
@@ -210,7 +210,7 @@ published = {
     "shapes": dict(_lean, size=32, channels=3, multipliers=(1, 1, 2), attention=(8,)),
 }
 
-# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-36
+# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-34
 def chosen(name, table, what):
     "The row `name` of a table. Raises ValueError that lists the names for an unknown one."
     if name not in table:
@@ -222,7 +222,7 @@ def preset(name, **more):
     "The `UNet` of that name in `published`; `more` adds to its arguments or replaces them. Raises ValueError for an unknown name."
     return UNet(**{**chosen(name, published, "U-Net"), **more})
 
-# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-39
+# %% ../../nbs/3_diffusion/33_unet.ipynb #33-unet-50
 @torch.no_grad()
 def attention_maps(model, x_t, t, cond=None):
     """What each attention of a denoiser does with these inputs: `{module's name: (B, heads, N, N)}`, rows summing to 1, N its places.
