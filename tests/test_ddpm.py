@@ -112,6 +112,15 @@ def mean_of_hybrid_learns_from_the_simple_loss_alone(losses):
     assert grads[0][:, 2:].abs().min() > 0 and not grads[1][:, 2:].any(), "the variance does not learn"
 
 
+def test_hybrid_is_a_thousandth_of_the_whole_bound():
+    "L_vlb is a sum over t, of which one term stands for all T. Nichol and Dhariwal 2021, equation 16, in nats."
+    process, x0, t, out, kept = plain("x0", "learned_range"), images(20, 1, 4), torch.arange(20), 0.5 * images(20, 2, 4, seed=1), []
+    torch.manual_seed(0)
+    hybrid = errors(lambda x, *_: kept.append(x) or out, process, x0, t)
+    extra = hybrid - (out[:, :1] - x0).square().mean((1, 2, 3))
+    assert torch.allclose(extra, 0.001 * 20 * bound_term(process, out, x0, kept[0], t, clip=False), rtol=1e-4, atol=1e-6)
+
+
 def test_hybrid():
     mean_of_hybrid_learns_from_the_simple_loss_alone(errors)
     with pytest.raises(AssertionError, match="moves the mean"):
@@ -316,6 +325,20 @@ def test_importance_is_for_training_only():
     assert torch.equal(judged, alone) and torch.equal(system.important.losses, before)
 
 
+def test_importance_leaves_the_loss_of_a_system():
+    "Its mean over many batches is that of uniform times, though the times are not."
+    system = DDPM(Listener(), plain(T=8), "p2", "importance")
+    x0, label, losses = torch.zeros(500, 1, 4, 4), torch.zeros(500, dtype=torch.long), []
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(60):
+            losses.append(system.train().loss(Batch(x0, label))["loss"])
+        even = torch.stack([system.eval().loss(Batch(x0, label))["loss"] for _ in range(60)])
+    drawn = torch.stack(losses[10:])
+    assert system.important.shares().max() > 2 * system.important.shares().min()
+    assert abs(drawn.mean() - even.mean()) < 4 * (drawn.var() / 50 + even.var() / 60) ** 0.5 < 0.05 * even.mean()
+
+
 def test_checkpoint_carries_what_was_seen(tmp_path):
     "A training that is stopped and resumed ends bit for bit as an undisturbed one, whose drawn times depend on the memory; best has no raw weight in it."
     settings = Settings(steps=12, batch_size=16, warmup=0, validation=0, checkpoint_every=4, device="cpu")
@@ -407,6 +430,14 @@ def test_sampling_drops_no_label_even_from_training_mode():
     assert system.training and all(torch.equal(h, torch.arange(6) % 3) for h in system.denoiser.heard)
     for label, expected in ((2, [2, 2]), (-1, [-1, -1]), ([1, -1], [1, -1]), (torch.tensor([0, 2], dtype=torch.uint8), [0, 2])):
         assert system.cond(2, label).label.tolist() == expected and system.cond(2, label).label.dtype == torch.int64
+
+
+def test_sampling_is_without_dropout():
+    torch.manual_seed(0)
+    system = DDPM(tiny(dropout=0.5), plain("v")).train()
+    with torch.no_grad():
+        [p.add_(0.1 * torch.randn_like(p)) for p in system.parameters()]
+    assert torch.equal(system.sample(2, seeds=[1, 2], steps=3), system.sample(2, seeds=[1, 2], steps=3)) and system.training
 
 
 def test_unconditional_networks_ignore_the_labels_of_a_batch():
