@@ -881,8 +881,8 @@ def test_averaged_tables_are_noticed(tmp_path, monkeypatch):
     everything = lambda system: [*system.parameters(), *system.process.schedule.buffers()]
     with pytest.raises(AssertionError):
         average_beside_schedule(everything)
-    real, tables = training.Ema, list(Schedule(schedules.cosine(20)).buffers())
-    monkeypatch.setattr(training, "Ema", lambda parameters, decay: real([*parameters, *tables], decay))
+    real, tables = training.averages_of, list(Schedule(schedules.cosine(20)).buffers())
+    monkeypatch.setattr(training, "averages_of", lambda parameters, *how: real([*parameters, *tables], *how))
     with pytest.raises(AssertionError, match="ema"):
         run_without_schedule("ddpm", tmp_path)
 

@@ -87,15 +87,15 @@ def test_compiled_networks_give_the_same_training(name, tmp_path, compiler):
     assert type(load_system(tmp_path / "compiled" / "best.safetensors")) is type(system)
 
 
-def test_compiling_ends_after_three_shapes_and_works_for_the_tenth_system(tmp_path, compiler):
+def test_compiling_ends_after_three_shapes_and_works_for_the_next_system(tmp_path, compiler):
     from torch._dynamo.utils import counters
 
     compiler("eager")
-    graphs = [0]
-    for i in range(10):
+    graphs = [counters["stats"]["unique_graphs"]]
+    for i in range(4):  # versions enough for the limit of eight, if they were counted together
         trained("classifier", tmp_path / str(i), compile="on", steps=12)  # two networks; batches of 16, validations of 16 and 7
         graphs.append(counters["stats"]["unique_graphs"])
-    assert [b - a for a, b in zip(graphs, graphs[1:])] == [6] * 10
+    assert [b - a for a, b in zip(graphs, graphs[1:])] == [6] * 4
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
@@ -103,8 +103,8 @@ def test_compiling_ends_after_three_shapes_and_works_for_the_tenth_system(tmp_pa
 def test_the_real_compiler_gives_the_same_training(tmp_path, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     torch._dynamo.reset()
-    _, plain = trained("classifier", tmp_path / "plain")
-    _, compiled = trained("classifier", tmp_path / "compiled", compile="on")
+    _, plain = trained("classifier", tmp_path / "plain", validation=0.0)
+    _, compiled = trained("classifier", tmp_path / "compiled", validation=0.0, compile="on")
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
@@ -129,6 +129,5 @@ def test_a_run_chooses_the_ema(tmp_path):
     assert record["metrics"]["length"] in (0.05, 0.1, 0.2) and record["artefacts"]["checkpoint"] == "best.safetensors"
     assert record["metrics"]["validation_loss"] == min(record["metrics"]["lengths"].values()) and record["metrics"]["profile_errors"]["0.05"] < 1e-6
     assert load_system(tmp_path / "ema" / "best.safetensors").sample(2, steps=2).shape == (2, 1, 16, 16)
-    for bad, sentence in (({"lengths": [0.5]}, "between 0 and 0.289"), ({"data": "shapes"}, "was trained on")):
-        with pytest.raises(runs.RunFailed, match=sentence):
-            runs.run("choose_ema", tmp_path / sentence, **{"model": str(tmp_path / "ddpm"), "device": "cpu", **bad})
+    with pytest.raises(runs.RunFailed, match="was trained on 1293 images, not on"):
+        runs.run("choose_ema", tmp_path / "other data", model=str(tmp_path / "ddpm"), data="shapes", device="cpu")

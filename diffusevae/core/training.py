@@ -160,7 +160,8 @@ class Trainer:
         self.system, self.last = system.to(self.device), self.run_dir / "last.safetensors"
         self.training, self.validation = split(placed(images, self.device), settings.validation, settings.seed)
         self.parameters = [p for p in system.parameters() if p.requires_grad]
-        self.averages, self.optimizers = averages_of(self.parameters, settings.ema, settings.ema_snapshots > 0), optimizers_of(system, settings)
+        self.averages = averages_of(self.parameters, settings.ema, settings.ema_snapshots > 0)
+        self.ema, self.optimizers = self.averages["ema"], optimizers_of(system, settings)
         how = "off" if settings.compile == "auto" and hasattr(system, "step") else settings.compile  # that may need gradients of gradients
         self.fast = Accelerated(system, pick_precision(settings.precision, self.device), pick_compile(how, self.device, settings.steps))
         self.step, self.seconds, self.best, self.bad = 0, 0.0, math.inf, 0
@@ -190,7 +191,7 @@ class Trainer:
 # %% ../../nbs/0_core/06_training.ipynb #06-training-32
 def judge(trainer):
     "Validate the averaged weights; the best so far become `best.safetensors`, others count towards `patience`. Returns the validation's means."
-    with trainer.averages["ema"].applied(), trainer.fast.applied():
+    with trainer.ema.applied(), trainer.fast.applied():
         means = validate(trainer.system, trainer.validation, trainer.settings.batch_size, trainer.settings.seed)
         if better := means["validation_loss"] < trainer.best:
             save_system(trainer.run_dir / "best.safetensors", trainer.system, step=trainer.step, **means)
@@ -212,7 +213,7 @@ def keep(trainer):
     info = {"identity": identity(trainer), **{k: getattr(trainer, k) for k in ("step", "seconds", "best", "bad")}}
     save_training(trainer.last, trainer.system, trainer.averages, trainer.optimizers, info)
     if not trainer.validation:
-        with trainer.averages["ema"].applied():
+        with trainer.ema.applied():
             save_system(trainer.run_dir / "best.safetensors", trainer.system, step=trainer.step)
 
 

@@ -80,7 +80,7 @@ def cfg(model, w, interval=None, rescale=0.0):
 
     return guided
 
-# %% ../../nbs/3_diffusion/37_guidance.ipynb #37-guidance-34
+# %% ../../nbs/3_diffusion/37_guidance.ipynb #37-guidance-38
 @configured
 class NoisyClassifier(nn.Module):
     """p(label | x_t): half a U-Net that is told the time; a system with a `loss`. `process` says what noise it is trained on.
@@ -119,7 +119,7 @@ class NoisyClassifier(nn.Module):
         logits = self(self.process.add_noise(batch.x, torch.randn_like(batch.x), t), self.process.time_input(t))
         return {"loss": F.cross_entropy(logits, batch.label), "accuracy": (logits.argmax(1) == batch.label).float().mean()}
 
-# %% ../../nbs/3_diffusion/37_guidance.ipynb #37-guidance-38
+# %% ../../nbs/3_diffusion/37_guidance.ipynb #37-guidance-42
 def class_gradient(classifier, x_t, t, label):
     "∇ log p(label | x_t) with respect to x_t, of its shape, also where gradients are off; 0 for the label -1. ValueError for labels that the classifier does not have."
     with torch.enable_grad():
@@ -129,14 +129,14 @@ def class_gradient(classifier, x_t, t, label):
         chosen = log_p.gather(1, label.clamp(min=0)[:, None])[:, 0]
         return torch.autograd.grad(torch.where(label < 0, 0, chosen).sum(), x)[0]
 
-# %% ../../nbs/3_diffusion/37_guidance.ipynb #37-guidance-42
+# %% ../../nbs/3_diffusion/37_guidance.ipynb #37-guidance-46
 def guidance_factor(process, t, x):
     "What ∇ log p(label | x_t) is multiplied with to shift eps, x0 or v, shaped to multiply `x`; 0 for x0 and v where no signal is left. t is the time input `(B,)`."
     abar = process.abar_seen(t, x)
     ratio = torch.where(abar > 0, (1 - abar) / abar, 0)
     return {"eps": -((1 - abar).sqrt()), "x0": ratio * abar.sqrt(), "v": -ratio.sqrt()}[process.predict].to(x.dtype)
 
-# %% ../../nbs/3_diffusion/37_guidance.ipynb #37-guidance-44
+# %% ../../nbs/3_diffusion/37_guidance.ipynb #37-guidance-48
 def _told(model, cond):
     "What a denoiser hears of a condition whose label is meant for a classifier: all of it, or all but a label that it does not take."
     deaf = getattr(model, "takes", {"label": ()})["label"] is None
