@@ -45,8 +45,6 @@ def errors(model, process, x0, t, cond=None, weight="simple", discrete=True):
     With a learned variance, plus a thousandth of the bound, which does not move the mean; `discrete` as `bound_term`. Draws from the global
     generator. Source: Ho et al. 2020, equation 14; Nichol and Dhariwal 2021, equation 16 (L_hybrid).
     """
-    if process.continuous and process.variance == "learned_range":
-        raise ValueError("a learned variance belongs to the steps of one schedule, and continuous levels have none; choose a fixed variance")
     if process.continuous:
         process, t = process.at_levels(continuous_levels(process.schedule, t)), torch.arange(len(t), device=t.device)
     noise, channels = torch.randn_like(x0), x0.shape[1]
@@ -156,6 +154,8 @@ def check_system(denoiser, process, weight, times, label_drop):
         raise ValueError(f"label_drop must lie in [0, 1], got {label_drop}")
     if label_drop and not getattr(denoiser, "classes", 0):
         raise ValueError(f"label_drop={label_drop} needs labels to drop; build the network with classes, or leave label_drop 0")
+    if process.continuous and process.variance == "learned_range":
+        raise ValueError("a learned variance belongs to the steps of one schedule, and continuous levels have none; choose a fixed variance")
     wanted, got = process.outputs(denoiser.channels), getattr(denoiser, "outputs", denoiser.channels)
     if wanted != got:
         raise ValueError(f"with variance={process.variance!r} the denoiser must return {wanted} channels, not {got}; build it with outputs={wanted}")
