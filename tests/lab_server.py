@@ -19,20 +19,13 @@ HERE = "127.0.0.1"
 # ---------------------------------------------------------------- the forks
 
 
-def reap():
-    try:
-        return os.waitpid(-1, os.WNOHANG)[0]
-    except ChildProcessError:
-        return 0
-
-
 def serve(door):
     "Import the libraries, then fork for each caller at the listening socket `door`, a file descriptor."
     sys.path[0] = ""  # as in any kernel
     for name in LIBRARIES:
         with suppress(ImportError):  # then each kernel imports it for itself
             __import__(name)
-    signal.signal(signal.SIGCHLD, lambda *a: [None for _ in iter(lambda: reap(), 0)])
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(fileno=int(door)) as door:
         while True:
             line, _ = door.accept()
@@ -58,9 +51,12 @@ def become_kernel(line):
 def kernel(port, connection_file):
     "Call for a kernel in this folder, and last until it ends. JupyterLab interrupts a kernel before it shuts it down, and that ends it."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with socket.create_connection((HERE, int(port))) as line:
-        line.sendall(f"{os.getcwd()}\t{connection_file}\n".encode())
-        line.recv(1)
+    try:
+        line = socket.create_connection((HERE, int(port)))
+    except OSError:  # nobody forks any more: be the kernel, a little later
+        os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", "-f", connection_file])
+    line.sendall(f"{os.getcwd()}\t{connection_file}\n".encode())
+    line.recv(1)
 
 
 # ---------------------------------------------------------------- the server

@@ -82,7 +82,7 @@ def test_the_shapes_denoiser_has_the_bound_of_its_record():
     found = ddpm.bound(system.denoiser, system.process, x0, system.cond(len(x0), labels), every=how["bound_every"])
     assert found["total"] / math.log(2) == pytest.approx(record["figures"]["bound_bits_per_dim"], rel=0.02)
     images = system.sample(6, steps=5, sampler="dpm_solver", seeds=range(6))
-    assert images.shape == (6, 3, 32, 32) and float(images.std()) > 0.2
+    assert images.shape == (6, 3, 32, 32) and float(images.std()) > 0.1
 
 
 @pytest.mark.parametrize("name", FAMILY + DENOISERS)

@@ -185,7 +185,7 @@ FAULTS = {
     "unknown data set": ("train_vae", dict(data="digts"), "no data set 'digts'"),
     "folder without images": ("train_vae", dict(data="folder:{tmp}"), "no images in"),
     "unknown features": ("evaluate", dict(features="digit"), "digit"),
-    "missing checkpoint": ("evaluate", dict(model="{tmp}/nowhere"), "no checkpoint at"),
+    "missing checkpoint": ("evaluate", dict(model="{tmp}/nowhere"), "no checkpoint and no shipped model"),
     "truncated checkpoint": ("evaluate", dict(model="{tmp}/short.safetensors"), "truncated"),
     "architecture": ("train_diffusevae", dict(vae="{study}/ddpm"), "VAE"),
 }

@@ -89,11 +89,12 @@ def run(lab, browser):
     def run(path):
         nonlocal page
         if page is None:
-            page = browser.new_page(viewport={"width": 1300, "height": 1000})
-            page.set_default_timeout(60_000)
-            page.goto(f"{lab}/lab?reset")
-            page.wait_for_function("() => window.jupyterapp")
-            page.evaluate("async () => { await jupyterapp.restored; await jupyterapp.serviceManager.sessions.shutdownAll(); }")
+            new = browser.new_page(viewport={"width": 1300, "height": 1000})
+            new.set_default_timeout(60_000)
+            new.goto(f"{lab}/lab?reset")
+            new.wait_for_function("() => window.jupyterapp")
+            new.evaluate("async () => { await jupyterapp.restored; await jupyterapp.serviceManager.sessions.shutdownAll(); }")
+            page = new
         try:
             page.evaluate(RUN, [str(path.relative_to(NBS)), 240])
             yield page
@@ -132,7 +133,7 @@ def move(page, knob):
     right = x < track["x"] + track["width"] / 2
     page.mouse.move(x, middle)
     page.mouse.down()
-    page.mouse.move(track["x"] + (track["width"] - 1 if right else 1), middle)  # one step, one picture: the next knob's cannot be a late one of this
+    page.mouse.move(track["x"] + (track["width"] - 1 if right else 1), middle)  # in one step, so one picture: none comes late
     page.mouse.up()
 
 
