@@ -3,6 +3,7 @@ serve` is that process; JupyterLab starts `python lab_server.py kernel`, which a
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -26,13 +27,15 @@ def serve(door):
         with suppress(ImportError):  # then each kernel imports it for itself
             __import__(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    parent = os.getppid()
     with socket.socket(fileno=int(door)) as door:
-        while True:
-            line, _ = door.accept()
-            if os.fork() == 0:
-                door.close()
-                become_kernel(line)
-            line.close()
+        while os.getppid() == parent:  # when that is killed, this ends too
+            if select.select([door], [], [], 1)[0]:
+                line, _ = door.accept()
+                if os.fork() == 0:
+                    door.close()
+                    become_kernel(line)
+                line.close()
 
 
 def become_kernel(line):
