@@ -37,6 +37,7 @@ def best_of(attempts, measure, limit):
         ratios.append(measure())
         if ratios[-1] <= limit:
             break
+        time.sleep(1)
     print(f"ratios {[round(r, 4) for r in ratios]}")
     return min(ratios)
 
@@ -82,8 +83,9 @@ def test_sampler_costs_its_network_calls_and_hardly_more(ddpm, name):
         walks = [sampler(counted, ddpm.process, x, steps=12, **settings) for _ in range(2)]
         return statistics.median(r for walk in walks for r in step_by_step(walk, bare, asked))
 
-    bare()
-    assert best_of(5, ratio, 1.03) <= 1.03
+    for _ in range(10):  # threads and memory warm up
+        bare()
+    assert best_of(10, ratio, 1.03) <= 1.03
 
 
 def test_guidance_costs_one_call_on_the_doubled_batch():
