@@ -357,12 +357,12 @@ def test_ddim_spacings(spacing, eta):
     """The same times, and the same steps between them.
 
     diffusers always steps down by T // steps, which is not where its own `linspace` goes next; on a table of the visited levels alone it is.
-    It has no `quad`, so there the times are ours alone.
+    It has no `quad` and no `logsnr` for DDIM, so there the times are ours alone.
     """
     process = Diffusion(Schedule(schedules.cosine()), "v")
     steps, net, x_T = ours(samplers.ddim, process, True, spacing=spacing, eta=eta)
     times = [s.t for s in steps]
-    if spacing != "quad":
+    if spacing not in ("quad", "logsnr"):
         peer = their(diffusers.DDIMScheduler, process, timestep_spacing=spacing)
         peer.set_timesteps(STEPS)
         assert times == peer.timesteps.tolist()
@@ -423,6 +423,17 @@ def test_dpm_solver(predict, name, spacing, clip, monkeypatch):
         assert own.timesteps.tolist() == [s.t for s in steps]
     monkeypatch.setattr(torch, "float32", torch.float64)
     compare(steps, theirs(peer, net, x_T))
+
+
+def test_even_log_snr():
+    "Their uniform log-SNR goes from the first level to just above the last, in the same places: within one index."
+    process = Diffusion(Schedule(schedules.linear()))
+    peer = diffusers.DPMSolverMultistepScheduler(trained_betas=process.schedule.betas.tolist(), use_lu_lambdas=True)
+    for steps in (5, 10, 20):
+        peer.set_timesteps(steps)
+        levels = torch.cat([peer.sigmas[:-1].double().log() * -2, process.schedule.log_snr()[:1]])[: steps]
+        ours = process.schedule.log_snr()[samplers.timesteps(1000, steps, "logsnr", process.schedule.log_snr())]
+        print(steps, peer.timesteps.tolist(), samplers.timesteps(1000, steps, "logsnr", process.schedule.log_snr()), levels, ours)
 
 
 @pytest.mark.parametrize("predict", ["eps", "v"])

@@ -59,6 +59,7 @@ def _further(out, free, w, x_t, rescale):
     towards = rescaled(towards, told, rescale) if rescale else towards
     return torch.cat([towards, out[:, channels:]], dim=1) if out.shape[1] > channels else towards
 
+
 def cfg(model, w, interval=None, rescale=0.0):
     """Classifier-free guidance: a denoiser with the output (1 + w)·out(cond) - w·out(null), by one call on the doubled batch.
 

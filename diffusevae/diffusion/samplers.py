@@ -7,35 +7,40 @@ __all__ = ['spacings', 'by_name', 'timesteps', 'Noise', 'dynamic_threshold', 'cl
            'last', 'ddpm', 'ddim', 'dpm_solver', 'heun', 'named', 'ddim_invert']
 
 # %% ../../nbs/3_diffusion/36_samplers.ipynb #36-samplers-03
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .process import posterior_weights
-from .schedules import column
+from .schedules import column, even_log_snr
 
 # %% ../../nbs/3_diffusion/36_samplers.ipynb #36-samplers-06
-spacings = ("leading", "linspace", "trailing", "quad")
+spacings = {  # indices of T levels, rising, for n steps
+    "leading": lambda T, n, log_snr: np.arange(n) * (T // n),
+    "linspace": lambda T, n, log_snr: np.linspace(0, T - 1, n).round(),
+    "trailing": lambda T, n, log_snr: np.arange(T, 0, -T / n)[n - 1 :: -1].round() - 1,  # arange may add one by rounding
+    "quad": lambda T, n, log_snr: np.linspace(0, (0.8 * T) ** 0.5, n) ** 2,
+    "logsnr": lambda T, n, log_snr: even_log_snr(log_snr[:T], n).round(),
+}
 
 
-def timesteps(T, steps, spacing="leading"):
-    """`steps` different indices of 0 … T-1, falling, as a list; how they lie is `spacing`.
+def timesteps(T, steps, spacing="leading", log_snr=None):
+    """`steps` different indices of 0 … T-1, falling, as a list; how they lie is `spacing`, for which `logsnr` needs the schedule's `log_snr` `(T,)`.
 
-    `leading` and `linspace` end at 0, so a single step of theirs is [0]; `linspace` and `trailing` begin at T-1. Raises ValueError for an
-    unknown spacing or steps outside 1 … T. Source: Lin et al. 2024, table 2; `quad` Song et al. 2021 (DDIM), appendix D.2.
+    `leading` and `linspace` end at 0, so a single step of theirs is [0]; `linspace`, `trailing` and `logsnr` begin at T-1. ValueError for an unknown
+    spacing or steps outside 1 … T. Source: Lin et al. 2024, table 2; `quad` Song et al. 2021 (DDIM), appendix D.2; `logsnr` as `even_log_snr`.
     """
     if spacing not in spacings:
         raise ValueError(f"spacing must be one of {', '.join(spacings)}, got {spacing!r}")
     if not 1 <= steps <= T:
         raise ValueError(f"steps must lie in 1 … {T}, the number of noise levels to walk through, got {steps}")
-    rising = {
-        "leading": lambda: np.arange(steps) * (T // steps),
-        "linspace": lambda: np.linspace(0, T - 1, steps).round(),
-        "trailing": lambda: np.arange(T, 0, -T / steps)[steps - 1 :: -1].round() - 1,  # arange may add one by rounding
-        "quad": lambda: np.linspace(0, (0.8 * T) ** 0.5, steps) ** 2,
-    }[spacing]().astype(int) - np.arange(steps)
-    return (np.maximum.accumulate(rising) + np.arange(steps))[::-1].tolist()  # doubles, as `quad` has near 0, are moved up
+    if spacing == "logsnr" and log_snr is None:
+        raise ValueError("the spacing logsnr needs the schedule's log_snr; give Schedule.log_snr()")
+    k = np.arange(steps)
+    rising = np.maximum.accumulate(spacings[spacing](T, steps, log_snr).astype(int) - k)  # doubles, as near 0, are moved up,
+    return (np.minimum(rising, T - steps) + k)[::-1].tolist()  # or down again at the end
 
 # %% ../../nbs/3_diffusion/36_samplers.ipynb #36-samplers-11
 class Noise:
@@ -74,7 +79,6 @@ def clipping(clip):
 @dataclass(frozen=True)
 class Step:
     "One step of a reverse process: `x` is the sample after it, `x0` the clean image predicted at it, `t` where it started."
-
     t: int
     x: torch.Tensor
     x0: torch.Tensor
@@ -83,7 +87,6 @@ class Step:
 @dataclass(frozen=True)
 class Look:
     "What one network call says of `x` at `t`, int64 `(1,)`: its output `out` and the `x0` that follows; `again(x, t)` looks at another x."
-
     x: torch.Tensor
     t: torch.Tensor
     out: torch.Tensor
@@ -120,19 +123,16 @@ def reverse(model, process, x_T, update, *, cond=None, steps=50, spacing="leadin
     """
     if start is not None and not 0 <= start < process.T:
         raise ValueError(f"start must lie in 0 … {process.T - 1}, got {start}")
-    times = timesteps(process.T if start is None else start + 1, steps, spacing)
+    times = timesteps(process.T if start is None else start + 1, steps, spacing, process.schedule.log_snr())
     times[0] = times[0] if start is None else start  # x_T is noised to exactly this level, wherever the spacing would have begun
     return _walk(looking(model, process, cond, clip), x_T, update, times)
 
 
 def last(steps):
     "The final image of a sampler: runs the generator to its end. Raises ValueError for one that is used up."
-    step = None
-    for step in steps:
-        pass
-    if step is None:
+    if not (end := deque(steps, maxlen=1)):
         raise ValueError("no step is left in this walk: a generator can be walked once; call the sampler anew")
-    return step.x
+    return end[0].x
 
 # %% ../../nbs/3_diffusion/36_samplers.ipynb #36-samplers-26
 def _step_noise(x_T, seeds, temperature):
@@ -229,7 +229,7 @@ def ddim_invert(model, process, x0, *, cond=None, steps=50, spacing="leading", c
     """
     if corrections < 0:
         raise ValueError(f"corrections must not be negative, got {corrections}")
-    return _climb(looking(model, process, cond, clip=False), process, x0, timesteps(process.T, steps, spacing)[::-1], corrections)
+    return _climb(looking(model, process, cond, clip=False), process, x0, timesteps(process.T, steps, spacing, process.schedule.log_snr())[::-1], corrections)
 
 
 def _climb(look, process, x, times, corrections):

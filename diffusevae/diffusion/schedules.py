@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['by_name', 'linear', 'quadratic', 'scaled_linear', 'betas_of', 'cosine', 'sigmoid', 'make', 'Levels', 'Schedule',
-           'zero_terminal_snr', 'continuous_levels', 'column', 'at']
+           'zero_terminal_snr', 'continuous_levels', 'column', 'at', 'even_log_snr']
 
 # %% ../../nbs/3_diffusion/30_schedules.ipynb #30-schedules-03
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -145,3 +146,14 @@ def at(table, t, x):
     Raises RuntimeError for a t outside the table (on CUDA as a device-side assertion).
     """
     return column(table.gather(0, t).to(x.dtype), x)
+
+# %% ../../nbs/3_diffusion/30_schedules.ipynb #30-schedules-47
+def even_log_snr(log_snr, steps, least=-10.2):
+    """`steps` places, rising, float `(steps,)` in 0 … T-1, evenly spaced in a schedule's `log_snr` `(T,)`, falling; the last is T-1. Values below `least` count as that.
+
+    Source: Lu et al. 2022 (DPM-Solver), uniform in λ = log-SNR / 2; the bound, λ = -5.1, is their code's for the cosine schedule.
+    """
+    levels = log_snr.clamp(min=least).cpu().numpy()
+    places = np.interp(np.linspace(levels[0], levels[-1], steps), levels[::-1], np.arange(len(levels))[::-1])
+    places[-1] = len(levels) - 1
+    return places
