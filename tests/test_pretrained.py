@@ -91,4 +91,4 @@ def test_record_and_card_speak_of_this_file(name):
     figure = "psnr" if name in FAMILY else "bound_bits_per_dim" if name == "shapes_ddpm" else "fid"
     assert f"{(weights / f'{name}.safetensors').stat().st_size:,} bytes" in card and f"{record['figures'][figure]:.4g}" in card
     assert record["training"]["parameters"]["data"] == name.partition("_")[0] and record["training"]["git"]["commit"]
-    assert record["metrics"]["steps"] == record["training"]["parameters"]["steps"] and record["metrics"]["seconds"] < (180 if name in FAMILY else 1800)
+    assert record["metrics"]["steps"] == record["training"]["parameters"]["steps"] and record["metrics"]["seconds"] < (180 if name in FAMILY else 3600)

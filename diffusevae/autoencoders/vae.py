@@ -76,9 +76,7 @@ class AnyVAE(nn.Module):
 
     Source: Kingma and Welling 2014, equations 3 and 7; with a `flow`, Rezende and Mohamed 2015, equation 5.
     """
-
     flow = None  # (z) -> (z', log|det|), on top of the Gaussian posterior
-
     def draw(self, x):
         "q(z0 | x), z and log q(z | x), with z = z0 where there is no flow: a distribution, `(B, z_dim)`, `(B,)`."
         q = self.encode(x)
