@@ -52,7 +52,7 @@ def test_what_was_asked_for_was_built(study):
     assert latent.denoiser.channels == latent.first_stage.latent_shape[0] and latent.sample(2, steps=2, guidance=1.0).shape == (2, 1, 16, 16)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_samples_in_every_way(study, tmp_path):
     common = dict(n=10, steps=3, batch_size=4, device="cpu")
     ways = {
@@ -75,7 +75,7 @@ def test_samples_in_every_way(study, tmp_path):
     assert 0 <= found["read_as_asked"] <= 1 and found["n"] == 10 and found["network_evaluations"] == 3
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_evaluation_of_what_knows_classes(study, tmp_path):
     runs.run("evaluate", tmp_path / "labels", model=str(study / "labels"), n=20, steps=2, guidance=1.0, bound=4, bound_every=5, device="cpu")
     found = metrics(tmp_path, "labels")["models"]["labels"]
