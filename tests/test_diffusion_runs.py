@@ -25,7 +25,7 @@ def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("diffusion")
     for name, (notebook, own) in RUNS.items():
         runs.run(notebook, out / name, **TRAIN, **own)
-    runs.run("train_classifier", out / "classifier", model=str(out / "labels"), width=8, **TRAIN)
+    runs.run("train_classifier", out / "classifier", model=str(out / "ranges"), width=8, **TRAIN)
     runs.run("choose_ema", out / "chosen", model=str(out / "labels"), device="cpu")
     return out
 
@@ -57,7 +57,7 @@ def test_samples_in_every_way(study, tmp_path):
     common = dict(n=10, steps=3, batch_size=4, device="cpu")
     ways = {
         "guided": dict(model=str(study / "labels"), label=7, guidance=2.0, interval=[2.0, 15.0], rescale=0.5, invert=3, spacing="leading", png=True),
-        "by_classifier": dict(model=str(study / "labels"), guidance=1.0, classifier=str(study / "classifier"), sampler="heun", threshold=0.99),
+        "by_classifier": dict(model=str(study / "ranges"), label=7, guidance=1.0, classifier=str(study / "classifier"), sampler="heun", threshold=0.99),
         "levels": dict(model=str(study / "levels"), inference_T=10, sampler="ddpm", step_temperature=0.8, shared_noise=True),
         "latent": dict(model=str(study / "latent"), sampler="dpm_solver", guidance=1.0, temperature=0.9, invert=2),
     }
@@ -66,7 +66,7 @@ def test_samples_in_every_way(study, tmp_path):
         samples = np.load(tmp_path / name / "samples.npy")
         assert samples.dtype == np.uint8 and samples.shape == (10, 1, 16, 16), name
     assert metrics(tmp_path, "guided")["network_evaluations"] == 3 and metrics(tmp_path, "by_classifier")["network_evaluations"] == 5
-    assert (np.load(tmp_path / "guided" / "labels.npy") == 7).all() and len(list((tmp_path / "guided" / "png").iterdir())) == 10
+    assert all((np.load(tmp_path / name / "labels.npy") == 7).all() for name in ("guided", "by_classifier")) and len(list((tmp_path / "guided" / "png").iterdir())) == 10
     assert np.load(tmp_path / "latent" / "labels.npy").tolist() == list(range(10)) and metrics(tmp_path, "latent")["inverted_psnr"] > 0
     shared = np.load(tmp_path / "levels" / "samples.npy")
     assert (shared == shared[0]).all()  # one noise, no labels: one image
@@ -109,6 +109,8 @@ def test_what_does_not_fit_is_one_sentence(study, tmp_path, capsys):
         ("sample", [f"model={study / 'ranges'}", "guidance=1", "n=2"], "guidance needs a null class"),
         ("sample", [f"model={study / 'labels'}", "label=12", "n=2"], "whole numbers in 0 … 9"),
         ("sample", [f"model={study / 'labels'}", "steps=21", "n=2"], "steps must lie in 1 … 20"),
+        ("sample", [f"model={study / 'ranges'}", "label=7", "n=2"], "knows no classes"),
+        ("sample", [f"model={study / 'classifier'}", "n=2"], "is a NoisyClassifier, which no sampler draws from"),
         ("sample", [f"model={study / 'labels'}", "inference_T=10", "n=2"], "continuous"),
     )
     for i, (notebook, given, sentence) in enumerate(wrong):

@@ -119,7 +119,7 @@ def test_attention_is_named_by_resolution():
 OFFICIAL = {"S/2": 32_865_056, "B/2": 130_315_808, "L/2": 457_840_672, "XL/2": 674_834_720}
 
 
-@pytest.mark.parametrize("name", [name for name in dit.published if name.startswith("DiT")])
+@pytest.mark.parametrize("name", [name for name in dit.published if "/" in name])
 def test_published_dits(name):
     "diffusers keeps the embedding of time and label once in each block; without the repeats its counts are ours, and the published ones."
     how, ours = dit.published[name], meta(dit.preset, name)
@@ -409,3 +409,11 @@ def test_written_schedule_is_ours():
         process = Diffusion(Schedule(betas), "v")
         peer = DDPMScheduler.from_config(to_scheduler(process))
         assert torch.allclose(peer.alphas_cumprod.double(), process.schedule.abar, rtol=2e-4, atol=1e-7)
+
+
+def test_attention_at_a_resolution_that_there_is_not_is_none():
+    "17 pixels folded by 2 are not the 8 of the first level."
+    with pytest.warns(UserWarning, match="attention at .17. has no effect"):
+        net = UNet(16, width=8, patch=2, attention=(17,))
+    modules = [sum(isinstance(m, SelfAttention) for m in n.modules()) for n in (net, UNet(16, width=8, patch=2))]
+    assert modules[0] == modules[1]

@@ -158,7 +158,11 @@ def test_killed_command_leaves_a_record_that_reads_killed(tmp_path):
         os.kill(record["pid"], signal.SIGKILL)
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    assert records.read_record(tmp_path / "run")["status"] == "killed"
+    for _ in range(100):  # a killed process takes its time to be gone
+        if (status := records.read_record(tmp_path / "run")["status"]) == "killed":
+            break
+        time.sleep(0.1)
+    assert status == "killed"
 
 
 BAD = {

@@ -86,8 +86,7 @@ def bound_term(process, out, x0, x_t, t, clip=True, discrete=True):
     """
     predicted, smallest = samplers.clipping(clip)(process.to_x0(out, x_t, t)), process.smallest_variance().to(x0.dtype)
     mean, (true_mean, true_variance) = process.posterior(predicted, x_t, t)[0], process.posterior(x0, x_t, t)
-    # that of the last step is 0
-    variance, true_variance = (torch.where(v > 0, v, smallest) for v in (process.reverse_variance(x_t, t, out=out), true_variance))
+    variance, true_variance = (torch.where(v > 0, v, smallest) for v in (process.reverse_variance(x_t, t, out=out), true_variance))  # 0 at the last step
     kl = kl_normal(true_mean, true_variance, mean, variance)
     log_p = pixel_log_prob(x0, mean, variance) if discrete else -((x0 - mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
     return torch.where(column(t == 0, x0), -log_p, kl).flatten(1).mean(1)
@@ -97,17 +96,18 @@ def bound_term(process, out, x0, x_t, t, clip=True, discrete=True):
 def bound(model, process, x0, cond=None, clip=True, discrete=True, every=1):
     """The variational bound on -log p(x0) in nats per dimension: 'total' = 'prior' + the sum of 'terms', means over images `(B, C, H, W)`; 'each' `(B,)`.
 
-    A term is a network call (in evaluation mode): at t = 0, and for each stretch of `every` after it, at a t drawn from it per image. Divide by
-    log 2 for bits. `clip` and `discrete` as `bound_term`. Source: Ho et al. 2020, equation 5.
+    A term is a call of the network, given in evaluation mode: at t = 0, and for each stretch of `every` after it, at a t drawn from it per image. Divide by
+    log 2 for bits. `clip` and `discrete` as `bound_term`. ValueError for `every` below 1. Source: Ho et al. 2020, equation 5.
     """
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
 
     def term(first, end):
         t = torch.randint(first, end, (len(x0),), device=x0.device)
         x_t = process.add_noise(x0, torch.randn_like(x0), t)
         return (end - first) * bound_term(process, model(x_t, process.time_input(t), cond), x0, x_t, t, clip, discrete)
 
-    abar = process.schedule.abar[-1:]
-    prior = kl_normal(abar.sqrt() * x0, 1 - abar, 0.0, 1.0).flatten(1).mean(1)
+    prior = kl_normal((abar := process.schedule.abar[-1:]).sqrt() * x0, 1 - abar, 0.0, 1.0).flatten(1).mean(1)
     terms = torch.stack([term(0, 1)] + [term(i, min(i + every, process.T)) for i in range(1, process.T, every)])
     each = prior + terms.sum(0)
     return {"prior": float(prior.mean()), "terms": terms.mean(1), "total": float(each.mean()), "each": each}
@@ -185,6 +185,8 @@ class Drawing(nn.Module):
     def guided(self, guidance=0.0, interval=None, rescale=0.0, classifier=None):
         "The denoiser as samplers see it: bare, by `cfg`, or `classifier_guided`. ValueError for guidance without a null class that was trained."
         if classifier is not None:
+            if not guidance or interval is not None or rescale:
+                raise ValueError("a classifier guides with guidance > 0, and without interval and rescale, which belong to dropped labels")
             return classifier_guided(self.denoiser, classifier, guidance, self.process)
         if guidance and not (self.classes and self.label_drop):
             raise ValueError("guidance needs a null class: train a network with classes and label_drop > 0, or give a classifier")
@@ -215,7 +217,6 @@ class DDPM(Drawing):
     `weight` as `loss_weight`; `times` draws t `uniform` or by `importance` (`ImportantTimes`); `label_drop` is the share of samples that a
     class-conditional denoiser trains on without their label. ValueError as `check_system`. Source: Ho et al. 2020, algorithms 1 and 2.
     """
-
     discrete = True  # what it learns are 8-bit pixels
 
     def __init__(self, denoiser, process, weight="simple", times="uniform", label_drop=0.0):

@@ -29,7 +29,7 @@ def positions(side, width):
 
 # %% ../../nbs/3_diffusion/34_dit.ipynb #34-dit-15
 def modulate(x, shift, scale):
-    "(1 + scale) · x + shift for tokens `(B, N, C)` and vectors `(B, 1, C)`. Source: Perez et al. 2018, equation 1."
+    "(1 + scale) · x + shift for tokens `(B, N, C)` and vectors `(B, 1, C)`. Source: Perez et al. 2018, section 2 (FiLM)."
     return torch.addcmul(shift, x, 1 + scale)
 
 # %% ../../nbs/3_diffusion/34_dit.ipynb #34-dit-16
@@ -129,7 +129,7 @@ published = {
     for name, (width, depth, heads) in _sizes.items()
     for patch in (2, 4, 8)
 }
-published["digits"] = dict(size=16, channels=1, patch=2, width=96, depth=6, heads=3)
+published["DiT-digits"] = dict(size=16, channels=1, patch=2, width=96, depth=6, heads=3)
 
 
 def preset(name, **more):

@@ -66,12 +66,19 @@ def posterior_weights(abar, prev):
 # %% ../../nbs/3_diffusion/31_process.ipynb #31-process-24
 predictions, variances = ("eps", "x0", "v"), ("fixed_small", "fixed_large", "learned_range")
 
+
+def _answer(out, x_t):
+    "The channels of an output that speak of x_t, in its type. ValueError for an output of neither as many nor twice as many."
+    if out.shape[1] not in (channels := x_t.shape[1], 2 * channels):
+        raise ValueError(f"the network answers {out.shape[1]} channels for images of {channels}; it must be as many, or twice as many with a learned variance")
+    return out[:, :channels].to(x_t.dtype)
+
 # %% ../../nbs/3_diffusion/31_process.ipynb #31-process-25
 class Prediction(Forward):
     """What a network's output means under `predict`: the noise `eps`, the clean image `x0`, or the velocity `v`.
 
     An output `(B, C, …)`, or `(B, 2C, …)` with a learned variance behind it, of any float type, gives images of `x_t`'s shape and type. Raises ValueError
-    for an unknown `predict`, or `eps` on a schedule that ends without signal, where it says nothing of x0.
+    for an output of other channels, an unknown `predict`, or `eps` on a schedule that ends without signal, where it says nothing of x0.
     """
 
     def __init__(self, schedule, predict="eps", continuous=False):
@@ -90,7 +97,7 @@ class Prediction(Forward):
 
     def to_x0(self, out, x_t, t):
         "The x0 that an output implies. Source: Ho et al. 2020, equation 15; v: Salimans and Ho 2022, section 4."
-        out = out[:, : x_t.shape[1]].to(x_t.dtype)
+        out = _answer(out, x_t)
         if self.predict == "x0":
             return out
         if self.predict == "v":
@@ -99,7 +106,7 @@ class Prediction(Forward):
 
     def to_eps(self, out, x_t, t):
         "The noise that an output implies. Source: as `to_x0`."
-        out = out[:, : x_t.shape[1]].to(x_t.dtype)
+        out = _answer(out, x_t)
         if self.predict == "v":
             return self.signal(t, x_t) * out + self.noise(t, x_t) * x_t
         return out if self.predict == "eps" else self.eps_from_x0(out, x_t, t)

@@ -29,7 +29,7 @@ spacings = {  # indices of T levels, rising, for n steps
 def timesteps(T, steps, spacing="leading", log_snr=None):
     """`steps` different indices of 0 … T-1, falling, as a list; how they lie is `spacing`, for which `logsnr` needs the schedule's `log_snr` `(T,)`.
 
-    `leading` and `linspace` end at 0, so a single step of theirs is [0]; `linspace`, `trailing` and `logsnr` begin at T-1. ValueError for an unknown
+    `leading`, `linspace` and `quad` end at 0, so a single step of theirs is [0]; `linspace` otherwise, `trailing` and `logsnr` begin at T-1. ValueError for an unknown
     spacing or steps outside 1 … T. Source: Lin et al. 2024, table 2; `quad` Song et al. 2021 (DDIM), appendix D.2; `logsnr` as `even_log_snr`.
     """
     if spacing not in spacings:
@@ -50,8 +50,8 @@ class Noise:
     """
 
     def __init__(self, shape, seeds=None, stream=0, device=None):
-        if seeds is not None and len(seeds) != shape[0]:
-            raise ValueError(f"{len(seeds)} seeds for {shape[0]} samples; give one for each")
+        if seeds is not None and (got := len(seeds) if hasattr(seeds, "__len__") else "no list of") != shape[0]:
+            raise ValueError(f"{got} seeds for {shape[0]} samples; give one for each")
         self.shape, self.device = shape, device
         self.generators = None if seeds is None else [torch.Generator().manual_seed(2 * int(s) + stream) for s in seeds]
 
@@ -158,7 +158,7 @@ def ddpm(model, process, x_T, *, seeds=None, step_temperature=1.0, **walk):
 
 # %% ../../nbs/3_diffusion/36_samplers.ipynb #36-samplers-27
 def ddim(model, process, x_T, *, eta=0.0, seeds=None, step_temperature=1.0, **walk):
-    """The non-Markovian process that shares DDPM's marginals: `eta` 0 is deterministic, 1 has DDPM's variance. Yields `Step`s.
+    """The non-Markovian process that shares DDPM's marginals: `eta` 0 is deterministic, 1 has the posterior's variance, as `ddpm` with `fixed_small`. Yields `Step`s.
 
     Keywords as `ddpm`. Raises ValueError for eta outside [0, 1]. Source: Song et al. 2021 (DDIM), equations 12 and 16.
     """

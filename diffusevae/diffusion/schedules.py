@@ -36,7 +36,7 @@ def scaled_linear(T=1000, start=0.00085, end=0.012):
 
 # %% ../../nbs/3_diffusion/30_schedules.ipynb #30-schedules-12
 def betas_of(abar, T, largest=0.999):
-    """Betas, float64 `(T,)`, whose products give the function `abar` of u in [0, 1], up to a factor; none above `largest`.
+    """Betas, float64 `(T,)`, for which the products of 1 - beta give the function `abar` of u in [0, 1], up to a factor; none above `largest`.
 
     Source: Nichol and Dhariwal 2021, section 3.2.
     """

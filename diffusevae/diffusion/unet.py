@@ -168,7 +168,7 @@ class UNet(Denoiser):
     """A denoiser `model(x_t, t, cond)`: `(B, channels, size, size)` to `(B, outputs, size, size)`; t is the process's float time input `(B,)`.
 
     Channels are `width` times `multipliers`, resolution halves between them by `resample`, `blocks` residual blocks each, with `groups` in
-    their norms and the embedding as `scale_shift` or added; `attention` lists resolutions in pixels, with `heads` heads or heads of
+    their norms and the embedding as `scale_shift` or added; `attention` lists resolutions in pixels beside the lowest, with `heads` heads or heads of
     `head_channels`. `patch` folds patch × patch pixels into channels first. `time_scale` multiplies t, about 1000 where √abar in [0, 1] is
     given. `image_channels`, `z_dim`, `classes`: what of a `Cond` it takes. ValueError for a size that cannot be halved so often, or inputs
     that it was not built for. Source: Ho et al. 2020, appendix B.
@@ -183,7 +183,7 @@ class UNet(Denoiser):
         self.embedding = Embedding(width, emb, z_dim, classes, time_scale, freq_shift)
         self.stem = nn.Conv2d((channels + image_channels) * patch**2, width, 3, padding=1)
         stage = functools.partial(Stage, emb=emb, dropout=dropout, groups=groups, scale_shift=scale_shift, head_channels=head_channels)
-        self.levels = Level(size // patch, width, widths, blocks, stage, [a // patch for a in attention], heads, resample)
+        self.levels = Level(size // patch, width, widths, blocks, stage, [a // patch for a in attention if a % patch == 0], heads, resample)
         last = nn.Conv2d(widths[0], self.outputs * patch**2, 3, padding=1)
         self.head = nn.Sequential(group_norm(widths[0], groups), nn.SiLU(), zero_init(last))
         _norms_eps(self, norm_eps)
