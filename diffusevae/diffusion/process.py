@@ -147,13 +147,19 @@ class Reverse(Prediction):
         of_x0, of_x_t, variance = (w.to(x_t.dtype) for w in posterior_weights(*self._abars(x_t, t, t_prev)))
         return of_x0 * x0 + of_x_t * x_t, variance.expand_as(x_t)
 
+    def step_back(self, x0, x_t, t, t_prev=None, out=None):
+        "Mean and variance of a DDPM step for a predicted `x0`: `posterior`'s mean and `reverse_variance`, the latter shaped to multiply x_t."
+        abar, prev = self._abars(x_t, t, t_prev)
+        of_x0, of_x_t, variance = posterior_weights(abar, prev)
+        if self.variance == "learned_range":
+            variance = learned_variance(out, x_t, 1 - abar / prev, torch.where(variance > 0, variance, self.smallest_variance()))
+        elif self.variance == "fixed_large":
+            variance = 1 - abar / prev
+        return of_x0.to(x_t.dtype) * x0 + of_x_t.to(x_t.dtype) * x_t, variance.to(x_t.dtype)
+
     def reverse_variance(self, x_t, t, t_prev=None, out=None):
         "The variance of a DDPM step, of x_t's shape; a learned one needs the network's `out`. Source: Ho et al. 2020, section 3.2; `learned_variance`."
-        abar, prev = self._abars(x_t, t, t_prev)
-        large, small = 1 - abar / prev, posterior_weights(abar, prev)[2]
-        if self.variance == "learned_range":
-            return learned_variance(out, x_t, large, torch.where(small > 0, small, self.smallest_variance()))
-        return (large if self.variance == "fixed_large" else small).to(x_t.dtype).expand_as(x_t)
+        return self.step_back(x_t, x_t, t, t_prev, out)[1].expand_as(x_t)
 
     def smallest_variance(self):
         "The posterior's variance from t = 1 to 0, a scalar: stands for that of the last step, which is 0 and has no logarithm."

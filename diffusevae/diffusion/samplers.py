@@ -140,7 +140,7 @@ def _step_noise(x_T, seeds, temperature):
     if not temperature >= 0:
         raise ValueError(f"step_temperature must not be negative, got {temperature}")
     noise = Noise(x_T.shape, seeds, stream=1, device=x_T.device)
-    return lambda: temperature * noise().to(x_T.dtype)
+    return lambda: noise().to(x_T.dtype) if temperature == 1 else temperature * noise().to(x_T.dtype)
 
 
 def ddpm(model, process, x_T, *, seeds=None, step_temperature=1.0, **walk):
@@ -151,8 +151,8 @@ def ddpm(model, process, x_T, *, seeds=None, step_temperature=1.0, **walk):
     noise = _step_noise(x_T, seeds, step_temperature)
 
     def update(now, t_prev):
-        mean = process.posterior(now.x0, now.x, now.t, t_prev)[0]
-        return mean + process.reverse_variance(now.x, now.t, t_prev, now.out).sqrt() * noise()
+        mean, variance = process.step_back(now.x0, now.x, now.t, t_prev, now.out)
+        return mean + variance.sqrt() * noise()
 
     return reverse(model, process, x_T, update, **walk)
 
