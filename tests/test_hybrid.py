@@ -9,7 +9,9 @@ from diffusevae.core.images import Batch, ImageSet
 from diffusevae.core.training import Settings, train
 from diffusevae.diffusion.process import Diffusion
 from diffusevae.diffusion.schedules import Schedule, cosine
+from diffusevae.diffusion.samplers import last
 from diffusevae.diffusion.unet import UNet
+from diffusevae.hybrid.corruptions import Augmentation
 from diffusevae.hybrid.diffusevae import DiffuseVAE
 
 both_forms = pytest.mark.parametrize("form", [1, 2])
@@ -34,10 +36,10 @@ def images(channels=1, n=16):
     return ImageSet(x)
 
 
-def system(form=1, channels=1, use_z=False, predict="v"):
+def system(form=1, channels=1, use_z=False, predict="v", **more):
     vae = VAE(8, channels, z_dim=3, width=4, levels=1)
     net = UNet(8, channels, width=8, multipliers=(1, 1), image_channels=channels, z_dim=3 if use_z else 0)
-    return DiffuseVAE(vae, net, Diffusion(Schedule(cosine(40)), predict), form, use_z)
+    return DiffuseVAE(vae, net, Diffusion(Schedule(cosine(40)), predict), form, use_z, **more)
 
 
 def trained(model, run_dir, channels=1):
@@ -133,6 +135,69 @@ def test_seeds_fix_samples_one_by_one(form, sampler):
     assert not torch.allclose(many[1][0], many[1][1], atol=1e-2)
     with pytest.raises(ValueError, match="2 seeds for 3 samples"):
         model.sample(3, seeds=[1, 2])
+
+
+@both_forms
+@pytest.mark.parametrize("channels, use_z", [(1, True), (3, False), (3, True)])
+def test_guided_and_augmented_from_training_to_file(form, channels, use_z, tmp_path):
+    model = system(form, channels, use_z, cond_drop=0.3, augment=Augmentation(noise=0.4, blur=1.0))
+    trained(model, tmp_path, channels)
+    nudge(model.denoiser)
+    save_system(tmp_path / "now.safetensors", model.eval())
+    again = load_system(tmp_path / "now.safetensors")
+    assert again.cond_drop == 0.3 and again.augment.largest == model.augment.largest
+    ends = {w: model.sample(3, seeds=[1, 2, 3], steps=4, guidance=w) for w in (-1.0, 0.0, 1.5)}
+    assert torch.equal(again.sample(3, seeds=[1, 2, 3], steps=4, guidance=1.5), ends[1.5])
+    assert not torch.allclose(ends[1.5], ends[0.0], atol=1e-3) and not torch.allclose(ends[-1.0], ends[0.0], atol=1e-3)
+    alone = model.sample(1, seeds=[2], steps=4, guidance=1.5)
+    assert torch.allclose(alone, ends[1.5][1:2], atol=1e-4)
+
+
+@both_forms
+def test_without_its_condition_a_sample_has_nothing_of_it(form):
+    "w = -1 leaves the answer under no condition: in form 1 neither x̂ nor z have a say, in form 2 x̂ has by the shift alone."
+    model = system(form, use_z=True, cond_drop=0.5).eval()
+    nudge(model.denoiser)
+    noise, x_hat, z = torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8), torch.randn(2, 3)
+    end = lambda x_hat, z: last(model.steps(x_hat, z, steps=4, noise=noise, guidance=-1.0))
+    assert torch.allclose(end(x_hat, z), end(x_hat, z + 1), atol=1e-5)
+    assert torch.allclose(end(x_hat, z), end(-x_hat, z), atol=1e-5) == (form == 1)
+
+
+@both_forms
+def test_one_noise_makes_a_batch_differ_by_z_alone(form):
+    model = system(form).eval()
+    nudge(model.denoiser)
+    x_hat = torch.rand(1, 1, 8, 8).expand(3, -1, -1, -1)
+    for sampler in ("ddim", "ddpm"):
+        same = last(model.steps(x_hat, seeds=[5, 5, 5], sampler=sampler, steps=5))
+        assert torch.allclose(same[0], same[1], atol=1e-5) and torch.allclose(same[0], same[2], atol=1e-5)
+    given = torch.randn(3, 1, 8, 8)
+    assert torch.equal(last(model.steps(x_hat, noise=given, temperature=0.5, steps=5)), last(model.steps(x_hat, noise=0.5 * given, steps=5)))
+
+
+@both_forms
+def test_the_last_step_is_the_clipped_x0_itself(form):
+    model = system(form, predict="x0").eval()
+    answer = 3 * torch.randn(2, 1, 8, 8)
+    model.denoiser.forward = lambda x, t, cond: answer
+    for sampler in ("ddim", "ddpm", "dpm_solver", "heun"):
+        assert torch.equal(last(model.steps(torch.rand(2, 1, 8, 8), sampler=sampler, steps=6)), answer.clamp(-1, 1)), sampler
+
+
+def test_shares_out_of_range_and_missing_conditions_are_refused():
+    for wrong, message in ((dict(cond_drop=1.0), "cond_drop must lie in"), (dict(cond_drop=-0.1), "cond_drop must lie in"), (dict(z_noise=2.0), "z_noise must lie in")):
+        with pytest.raises(ValueError, match=message):
+            system(**wrong)
+    with pytest.raises(ValueError, match="form must be 1 or 2, got 0"):
+        system(form=0)
+    model, x_hat = system(use_z=True).eval(), torch.rand(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="give the z"):
+        model.steps(x_hat)
+    with pytest.raises(ValueError, match="train with cond_drop"):
+        model.sample(2, guidance=1.0)
+    with pytest.raises(ValueError, match="noise must have x̂'s shape"):
+        model.steps(x_hat, torch.zeros(2, 3), noise=torch.zeros(2, 1, 4, 4))
 
 
 @both_forms
