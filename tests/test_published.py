@@ -309,7 +309,7 @@ def test_bad_files(tmp_path, first_stage, monkeypatch):
     with pytest.raises(ValueError, match=r"bomb.ckpt names (posix|nt).mkdir, which weights do not need.*weights_only=False"):
         load_official_vae(tmp_path / "bomb.ckpt", SMALL)
     assert not (tmp_path / "boom").exists()
-    for n, name in ((500, "start"), (good.stat().st_size - 200, "half")):
+    for n, name in ((0, "empty"), (500, "start"), (good.stat().st_size - 200, "half")):
         (tmp_path / name).write_bytes(good.read_bytes()[:n])
         with pytest.raises(ValueError, match="holds no plain tensors"):
             load_official_vae(tmp_path / name, SMALL)

@@ -230,7 +230,7 @@ def read_tensors(path):
         found = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
         return {k: v for k, v in found.get("state_dict", found).items() if torch.is_tensor(v)}
     except Exception as e:  # the readers raise many kinds
-        raise ValueError(f"{path} holds no plain tensors ({str(e).splitlines()[0]}); convert it to safetensors where you trust it") from e
+        raise ValueError(f"{path} holds no plain tensors ({(str(e) or type(e).__name__).splitlines()[0]}); convert it to safetensors where you trust it") from e
 
 # %% ../../nbs/2_autoencoders/29_first_stages.ipynb #29-first-stages-41
 def load_published(model, path):
