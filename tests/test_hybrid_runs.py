@@ -1,9 +1,12 @@
 """The run notebooks of the hybrid rooms at tiny sizes: both forms with all their settings, other priors, and quality against speed."""
 
+import numpy as np
 import pytest
+import torch
 
 from diffusevae.core import records, runs
 from diffusevae.core.checkpoints import load_system
+from diffusevae.core.images import to_uint8
 from diffusevae.evaluation import comparison
 
 TRAIN = dict(steps=6, batch_size=16, checkpoint_every=3, validate_every=3, log_every=2, device="cpu")
@@ -11,17 +14,24 @@ FORMS = {
     "form1": dict(form=1, use_z=True, cond_drop=0.2, z_noise=0.1, augment_noise=0.5, augment_lowres=2),
     "form2": dict(form=2, continuous=True, noise_schedule="linear", variance="fixed_large", network="dit", depth=1, heads=2, patch=4),
 }
+STAGES = {
+    "straight": dict(vae="", vae_steps=4, vae_width=4, z_dim=3, sigma=0.5),
+    "joint": dict(stage="joint", vae="", vae_width=4, z_dim=3, stop="encoder", lambda_diff=0.5, lambda_diff_start=0.0, ramp=4, target_rate=5.0, focal_frequency=0.1),
+    "joint_warm": dict(stage="joint", start_from="form1", use_z=True, vae_lr=0.1, perceptual=0.2),
+    "adaptive": dict(stage="adaptive", gate="fixed"),
+    "adaptive_warm": dict(stage="adaptive", start_from="straight"),
+}
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    "A VAE with two more priors, and a refiner of each form: the folder."
+    "A VAE with a second prior, a refiner of each form, and every stage: the folder."
     out = tmp_path_factory.mktemp("hybrid")
     runs.run("train_vae", out / "vae", **{**TRAIN, "steps": 8}, width=4, z_dim=4)
     runs.run("train_prior", out / "flow", vae=str(out / "vae"), layers=2, hidden=8, **TRAIN)
-    runs.run("train_prior", out / "mixture", vae=str(out / "vae"), kind="mixture", components=2, **TRAIN)
-    for name, own in FORMS.items():
-        runs.run("train_diffusevae", out / name, vae=str(out / "vae"), width=8, T=20, **TRAIN, **own)
+    for name, own in {**FORMS, **STAGES}.items():
+        start = {"start_from": str(out / own["start_from"])} if "start_from" in own else {}
+        runs.run("train_diffusevae", out / name, **{"vae": str(out / "vae"), "width": 8, "T": 20, **TRAIN, **own, **start})
     return out
 
 
@@ -34,19 +44,24 @@ def test_what_was_asked_for_was_built(study):
     one, two = (load_system(study / name / "best.safetensors") for name in FORMS)
     assert (one.form, one.use_z, one.cond_drop, one.z_noise) == (1, True, 0.2, 0.1) and set(one.augment.largest) == {"noise", "lowres"}
     assert two.form == 2 and two.augment is None and two.process.continuous and two.process.variance == "fixed_large" and type(two.denoiser).__name__ == "DiT"
-    for name in FORMS:
+    for name in (*FORMS, *STAGES):
         assert records.read_record(study / name)["metrics"]["steps"] == 6 and (study / name / "pictures.png").is_file()
 
 
 @pytest.mark.timeout(300)
 def test_codes_from_another_prior(study):
-    common = dict(n=40, steps=3, batch_size=16, device="cpu")
-    for name, prior in (("own", ""), ("flow", str(study / "flow" / "vae.safetensors")), ("mixture", str(study / "mixture" / "vae.safetensors"))):
-        runs.run("evaluate", study / f"evaluate_{name}", model=str(study / "form1"), name=name, prior=prior, **common)
-    found = {name: models(study, f"evaluate_{name}")[name] for name in ("own", "flow", "mixture")}
-    assert len({f["fid"] for f in found.values()}) == 3 and all(f["network_evaluations"] == 4 for f in found.values())
+    how = dict(prior=str(study / "flow" / "vae.safetensors"), n=40, steps=3, batch_size=16, device="cpu")
+    runs.run("evaluate", study / "evaluate_flow", model=str(study / "form1"), name="with_flow", **how)
+    assert models(study, "evaluate_flow")["with_flow"]["network_evaluations"] == 4
+    flow = load_system(study / "flow" / "vae.safetensors").prior
+    form1 = load_system(study / "form1" / "best.safetensors")
+    drawn = torch.from_numpy(np.load(study / "evaluate_flow" / "with_flow.npy"))
+    for prior, same in ((form1.vae.prior, False), (flow, True)):
+        form1.vae.prior = prior
+        torch.manual_seed(0)
+        assert torch.equal(to_uint8(form1.sample(16, steps=3, spacing="trailing")), drawn[:16]) == same
     with pytest.raises(runs.RunFailed, match="draws no codes"):
-        runs.run("evaluate", study / "evaluate_none", model="digits_ddpm", prior=str(study / "flow" / "vae.safetensors"), **common)
+        runs.run("evaluate", study / "evaluate_none", model="digits_ddpm", **how)
 
 
 @pytest.mark.timeout(300)
@@ -61,5 +76,21 @@ def test_quality_against_speed(study):
     assert set(found) <= set(comparison.collect(study)["models"]) and (study / "speed" / "curves.png").is_file()
     with pytest.raises(runs.RunFailed, match="steps must lie in 1 … 20"):
         runs.run("speed", study / "too_many", models=both, steps=[30], **how)
-    with pytest.raises(runs.RunFailed, match="has no steps; give diffusion models"):
-        runs.run("speed", study / "no_steps", models=["digits_vae"], **how)
+
+
+@pytest.mark.timeout(300)
+def test_stages_build_what_they_say(study):
+    straight, joint, warm, adaptive, adaptive_warm = (load_system(study / name / "best.safetensors") for name in STAGES)
+    assert straight.vae.z_dim == 3 and (study / "straight" / "vae" / "best.safetensors").is_file()
+    assert (joint.stop, joint.lambda_diff.start, joint.lambda_diff.end, joint.vae.objective.of) == ("encoder", 0.0, 0.5, "rate") and [t.name for t in joint.hybrid.terms] == ["focal_frequency"]
+    form1 = load_system(study / "form1" / "best.safetensors")
+    assert warm.use_z and not torch.equal(warm.vae.decoder.state_dict()["0.weight"], form1.vae.decoder.state_dict()["0.weight"])  # the VAE has learned too
+    assert type(adaptive.denoiser.gate).__name__ == "FixedGate" and type(adaptive_warm.denoiser.gate).__name__ == "LearnedGate"
+    for model in (straight, joint, warm, adaptive, adaptive_warm):
+        assert torch.equal(model.sample(2, seeds=[0, 1], steps=2), model.sample(2, seeds=[0, 1], steps=2))
+
+
+@pytest.mark.timeout(120)
+def test_a_start_of_another_form_is_refused(study):
+    with pytest.raises(runs.RunFailed, match="start_from must be a DiffuseVAE of form 1"):
+        runs.run("train_diffusevae", study / "wrong", start_from=str(study / "form2"), **TRAIN)
