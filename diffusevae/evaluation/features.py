@@ -47,6 +47,8 @@ class DigitClassifier(nn.Module):
     A system for `core.training.train`: `loss` is the cross-entropy on augmented images. Raises ValueError for images of another shape.
     """
 
+    takes_floats = True  # in [-1, 1]; `load_features` puts what converts uint8 in front of it
+
     def __init__(self, width=12, features=64, classes=10):
         super().__init__()
         w = width
@@ -70,7 +72,10 @@ class DigitClassifier(nn.Module):
 
 # %% ../../nbs/1_evaluation/10_features.ipynb #10-features-14
 def train_classifier(images, seed=0, steps=600, device="auto", make=DigitClassifier):
-    "A `DigitClassifier` (or what `make` returns) with averaged weights, trained on an `ImageSet` of digits with labels; nothing is held out."
+    """A `DigitClassifier` with averaged weights, trained on an `ImageSet` of digits with labels; nothing is held out.
+
+    `make` may return another system with a `body` that gives the features, and a buffer `rms` for their size.
+    """
     torch.manual_seed(seed)
     network = make()
     settings = Settings(steps=steps, lr=3e-3, weight_decay=0.01, ema=0.99, validation=0, seed=seed, device=device, checkpoint_every=steps)
@@ -79,7 +84,8 @@ def train_classifier(images, seed=0, steps=600, device="auto", make=DigitClassif
             pass
         restore(network, load(Path(folder) / "best.safetensors")[0]).eval()
     with torch.no_grad():
-        network.rms.copy_(network.body(to_float(images.images).to(network.rms.device)).square().mean().sqrt())
+        parts = [network.body(to_float(part).to(network.rms.device)).square() for part in images.images.split(1024)]
+        network.rms.copy_(torch.cat(parts).mean().sqrt())
     return network
 
 # %% ../../nbs/1_evaluation/10_features.ipynb #10-features-16
@@ -97,12 +103,14 @@ class Eyes(nn.Module):
 def load_features(features="digits", device="auto"):
     """A network in evaluation mode on `device` that takes uint8 images `(B, C, H, W)` and returns `(features (B, d), logits (B, k))`.
 
-    `features` is `digits` (the shipped classifier), `inception`, or any such module, which is moved to the device. Raises ValueError for
-    an unknown name, and RuntimeError when Inception's weights cannot be had.
+    `features` is `digits` (the shipped classifier), `shapes` (the shipped factor regressor), `inception`, or any such module, which is moved
+    to the device; one that says `takes_floats = True` is given floats in [-1, 1] instead, by `Eyes`. Raises ValueError for an unknown
+    name, and RuntimeError when Inception's weights cannot be had.
     """
-    named = {"digits": lambda: Eyes(pretrained("digits_classifier")), "inception": lambda: Inception(inception_file())}
+    named = {"digits": lambda: Eyes(pretrained("digits_classifier")), "shapes": lambda: Eyes(pretrained("shapes_factors")),
+             "inception": lambda: Inception(inception_file())}  # fmt: skip
     if isinstance(features, nn.Module):
-        network = Eyes(features) if isinstance(features, DigitClassifier) else features
+        network = Eyes(features) if getattr(features, "takes_floats", False) else features
     elif features in named:
         network = named[features]()
     else:
