@@ -122,7 +122,7 @@ class FactorRegressor(nn.Module):
 def train_regressor(images=None, seed=0, steps=4500, device="auto", make=FactorRegressor):
     """A `FactorRegressor` (or what `make` returns) with averaged weights, trained as `train_classifier` does on an `ImageSet` with factors.
 
-    Without images it draws 16,384 by a seed that neither split of `load("shapes")` has. As it stands, this call makes the shipped `shapes_factors`."""
+    Without images it draws 16,384 by a seed that neither split of `load("shapes")` has. As it stands, and on a CPU, this call makes the shipped `shapes_factors`."""
     return train_classifier(draw_shapes(16_384, seed=2) if images is None else images, seed, steps, device, make)
 
 # %% ../../nbs/1_evaluation/12_factors.ipynb #12-factors-27
