@@ -19,7 +19,7 @@ from .diffusevae import DiffuseVAE
 
 # %% ../../nbs/4_hybrid/45_adaptive.ipynb #45-adaptive-06
 def directions(draws, dim, seed=0):
-    """Random directions `(draws, dim)` with the second moments of N(0, I), by `seed`: rows of random rotations times √dim, orthogonal within each block of `dim`.
+    """Random directions `(draws, dim)` with the second moments of N(0, I), by `seed`: rows of random rotations, orthogonal within each block of `dim`, of the typical length √dim.
 
     Raises ValueError for fewer than 2, of which there is no spread. Source: Yu et al. 2016, section 3.
     """
@@ -45,17 +45,25 @@ def spread(vae, x, draws=8, seed=0):
     return vae.decode(z).unflatten(0, (len(x), draws)).var(1).mean(1, keepdim=True).sqrt()
 
 # %% ../../nbs/4_hybrid/45_adaptive.ipynb #45-adaptive-12
+def _line(x, y):
+    "Slope ≥ 0, intercept ≥ 1e-4 and mean squared misfit of y against x by least squares."
+    around = x - x.mean()
+    slope = max(0.0, float(around @ y / around.square().sum().clamp(min=1e-12)))
+    residual = max(1e-4, float(y.mean() - slope * x.mean()))
+    return slope, residual, float((y - slope * x - residual).square().mean())
+
+
 @torch.no_grad()
 def calibrate(vae, x, draws=8):
-    """`{"slope": a, "residual": b}` of E[(x − x̂)²] ≈ a · spread(x̂)² + b over the pixels of held-out images `x`, by least squares; a ≥ 0, b ≥ 1e-4.
+    """`{"slope": a, "power": p, "residual": b}` of E[(x − x̂)²] ≈ a · spread(x̂)^p + b over the pixels of held-out images `x`: p 1 or 2, by least squares, a ≥ 0, b ≥ 1e-4.
 
     x̂ is decoded from a code drawn from q(z | x) by the global generator.
     """
     x_hat = vae.reconstruct(x)
-    squares, wrong = (v.double().flatten() for v in (spread(vae, x_hat, draws) ** 2, (x - x_hat).square().mean(1)))
-    around = squares - squares.mean()
-    slope = max(0.0, float(around @ wrong / around.square().sum().clamp(min=1e-12)))
-    return {"slope": slope, "residual": max(1e-4, float(wrong.mean() - slope * squares.mean()))}
+    spreads, wrong = (v.double().flatten() for v in (spread(vae, x_hat, draws), (x - x_hat).square().mean(1)))
+    power = min((1, 2), key=lambda p: _line(spreads**p, wrong)[2])
+    slope, residual, _ = _line(spreads**power, wrong)
+    return {"slope": slope, "power": power, "residual": residual}
 
 # %% ../../nbs/4_hybrid/45_adaptive.ipynb #45-adaptive-17
 @configured
@@ -147,23 +155,23 @@ def widened(denoiser):
 # %% ../../nbs/4_hybrid/45_adaptive.ipynb #45-adaptive-27
 @configured
 class AdaptiveDiffuseVAE(DiffuseVAE):
-    """DiffuseVAE whose x̂ conditions as strongly as `gate` lets it, by the precision 1 / (`slope` · spread² + `residual`) of each pixel (`calibrate`), from `draws` codes.
+    """DiffuseVAE whose x̂ conditions as strongly as `gate` lets it, by the precision 1 / (`slope` · spread^`power` + `residual`) of each pixel (`calibrate`), from `draws` codes.
 
     The `denoiser` takes one channel more than the VAE's images have (`widened`). What follows `gate` as in `DiffuseVAE`. Raises ValueError as there and as `Gated`,
     for a negative slope, and for a residual that is not positive.
     """
 
-    def __init__(self, vae, denoiser, process, gate, form=1, use_z=False, z_noise=0.0, cond_drop=0.0, augment=None, slope=1.0, residual=0.01, draws=8):
+    def __init__(self, vae, denoiser, process, gate, form=1, use_z=False, z_noise=0.0, cond_drop=0.0, augment=None, slope=1.0, power=2, residual=0.01, draws=8):
         if slope < 0 or residual <= 0:
             raise ValueError(f"the error's variance must be positive: slope ≥ 0 and residual > 0 are needed, got {slope} and {residual}")
         super().__init__(vae, Gated(denoiser, gate, process), process, form, use_z, z_noise, cond_drop, augment)
-        self.slope, self.residual, self.draws = slope, residual, draws
+        self.slope, self.power, self.residual, self.draws = slope, power, residual, draws
         spread(vae, torch.zeros(1, vae.channels, vae.size, vae.size).to(next(vae.parameters())), draws)  # a VAE that has none should say so now
 
     @torch.no_grad()
     def precision(self, x_hat):
         "1 / v at each pixel of x̂: `(B, 1, H, W)`, from q(z | x̂) in training as in sampling."
-        return 1 / (self.slope * spread(self.vae, x_hat, self.draws) ** 2 + self.residual)
+        return 1 / (self.slope * spread(self.vae, x_hat, self.draws) ** self.power + self.residual)
 
     def cond(self, x_hat, z=None):
         "As `Refiner.cond`, with the precision behind x̂'s channels."
