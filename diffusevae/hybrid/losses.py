@@ -56,7 +56,7 @@ class PerceptualLoss(nn.Module):
 
     name = "perceptual"
 
-    def __init__(self, features="digits"):
+    def __init__(self, features="digits_vae"):
         super().__init__()
         self.features = features.requires_grad_(False).eval() if isinstance(features, nn.Module) else features
         self.eyes = [] if features == "lpips" else [self.look()]  # a list: what is in it is not this module's
@@ -155,7 +155,7 @@ class HybridTerms(nn.Module):
         return sum((w * v for w, v in zip(self.weights, named.values())), x.new_zeros(())), named
 
 
-def hybrid_terms(perceptual=0.0, ms_ssim=0.0, focal_frequency=0.0, features="digits", alpha=1.0):
+def hybrid_terms(perceptual=0.0, ms_ssim=0.0, focal_frequency=0.0, features="digits_vae", alpha=1.0):
     "`HybridTerms` with these weights, those of weight 0 left out; `features` as `PerceptualLoss`, `alpha` as `FocalFrequency`. ValueError as they raise it."
     makers = {"perceptual": lambda: PerceptualLoss(features), "ms_ssim": MultiscaleSSIM, "focal_frequency": lambda: FocalFrequency(alpha)}
     weights = {"perceptual": perceptual, "ms_ssim": ms_ssim, "focal_frequency": focal_frequency}
