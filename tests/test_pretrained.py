@@ -15,9 +15,10 @@ from diffusevae.evaluation.features import extract
 
 FAMILY = [f"{data}_{kind}" for data in ("digits", "shapes") for kind in ("vae", "vae_flow", "vqvae", "kl")]
 DENOISERS = ["digits_ddpm", "digits_latent", "shapes_ddpm"]
+HYBRIDS = ["shapes_diffusevae"]
 
 
-@pytest.mark.parametrize("models, most", [(FAMILY, 4_000_000), (DENOISERS, 8_000_000)], ids=["autoencoders", "denoisers"])
+@pytest.mark.parametrize("models, most", [(FAMILY, 4_000_000), (DENOISERS, 8_000_000), (HYBRIDS, 8_000_000)], ids=["autoencoders", "denoisers", "hybrids"])
 def test_all_are_there_and_small(models, most):
     assert set(models) <= {p.stem for p in weights.glob("*.safetensors")}
     assert sum((weights / f"{name}.safetensors").stat().st_size for name in models) < most
@@ -85,7 +86,17 @@ def test_the_shapes_denoiser_has_the_bound_of_its_record():
     assert images.shape == (6, 3, 32, 32) and float(images.std()) > 0.1
 
 
-@pytest.mark.parametrize("name", FAMILY + DENOISERS)
+def test_a_hybrid_draws_as_well_as_its_record_says():
+    record = json.loads((weights / "shapes_diffusevae.json").read_text(encoding="utf-8"))
+    how, system = record["evaluation"], pretrained("shapes_diffusevae")
+    torch.manual_seed(how["seed"])
+    way = {k: how[k] for k in ("sampler", "steps", "spacing")}
+    images = torch.cat([to_uint8(system.sample(n, **way)) for n in batches(how["n"], how["batch_size"])])
+    again = metrics.evaluate(load(how["data"]).images, images, how["features"])
+    assert again["fid"] == pytest.approx(record["figures"]["fid"], rel=0.05) and again["recall"] == pytest.approx(record["figures"]["recall"], abs=0.05)
+
+
+@pytest.mark.parametrize("name", FAMILY + DENOISERS + HYBRIDS)
 def test_record_and_card_speak_of_this_file(name):
     record, card = json.loads((weights / f"{name}.json").read_text(encoding="utf-8")), (weights / f"{name}.md").read_text(encoding="utf-8")
     figure = "psnr" if name in FAMILY else "bound_bits_per_dim" if name == "shapes_ddpm" else "fid"
