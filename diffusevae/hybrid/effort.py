@@ -109,7 +109,9 @@ class Effort:
             raise ValueError(f"{len(self.edges)} edges, rising, need {len(self.edges) + 1} choices; got {self.edges} and {len(self.choices)} choices")
 
     def buckets(self, system, x_hat, z=None, seeds=None):
-        "The bucket of each x̂, int64 `(B,)` in 0 … len(edges), 0 the most certain, and what it cost to find out in evaluations."
+        "The bucket of each x̂, int64 `(B,)` in 0 … len(edges), 0 the most certain, and what it cost to find out in evaluations: nothing where there is one bucket."
+        if not self.edges:
+            return torch.zeros(len(x_hat), dtype=torch.int64, device=x_hat.device), 0
         uncertainty, cost = measured(self.measure, system, x_hat, z, seeds)
         return torch.bucketize(uncertainty, torch.tensor(self.edges).to(uncertainty)), cost
 
@@ -122,7 +124,7 @@ def _cheapest(rows, tried, tolerance):
 
 
 def fit_effort(system, x_hat, z=None, candidates=(), tolerance=0.02, full=None, measure="spread", buckets=4, seeds=None, **how):
-    """An `Effort` for samples like `x_hat` `(B, C, H, W)`: in each of `buckets`, of equal size, the cheapest of `full` and `candidates`, keywords of `refine`, that stays near.
+    """An `Effort` for samples like `x_hat` `(B, C, H, W)`: in each of `buckets`, of equal size, the cheapest of `full` and `candidates`, keywords of `refine`, that stays near; one bucket if all agree.
 
     Near is a mean rms distance of at most `tolerance` to what `full` (50 steps) makes of the same noise, by `seeds`, 0, 1, … unless given. `how` goes to all of them. Raises
     ValueError for a tolerance that is not positive and for fewer samples than buckets.
@@ -135,6 +137,8 @@ def fit_effort(system, x_hat, z=None, candidates=(), tolerance=0.02, full=None, 
     results = [refine(system, x_hat, z, seeds=seeds, **{**how, **setting}) for setting in settings]
     tried, bucket = [(rms(x0 - results[0][0]), calls) for x0, calls in results], torch.bucketize(uncertainty, torch.tensor(edges).to(uncertainty))
     best = [_cheapest((bucket == b).cpu(), tried, tolerance) for b in range(buckets)]
+    if len({i for i, _ in best}) == 1:  # nobody needs to be told apart, and measuring would be for nothing
+        edges, best = [], [_cheapest(slice(None), tried, tolerance)]
     return Effort(measure, edges, [dict(settings[i]) for i, _ in best], [found for _, found in best])
 
 
@@ -159,7 +163,7 @@ def sample_adaptive(system, n, effort, seeds=None, **how):
 def paired_interval(difference, a, b, resamples=200, seed=0, level=0.95):
     """`difference(a, b)` of paired rows `(n, …)`, and the interval that holds the `level` middle of it over resampled pairs: (value, low, high).
 
-    `lambda a, b: fid(real, b) / fid(real, a) - 1` of features, for example. Raises ValueError unless `a` and `b` have equally many rows. Source: Efron and Tibshirani 1993, section 13.3.
+    For FID relative to `base` = fid(real, a): `lambda a, b: (fid(real, b) - fid(real, a)) / base`, with the base held fixed. Raises ValueError unless `a` and `b` have equally many rows. Source: Efron and Tibshirani 1993, section 13.3.
     """
     if len(a) != len(b):
         raise ValueError(f"pairs are needed, got {len(a)} and {len(b)} rows")
