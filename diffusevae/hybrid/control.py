@@ -188,8 +188,9 @@ def curve_of(codes, values, hidden=128, steps=1000, seed=0):
 # %% ../../nbs/4_hybrid/44_control.ipynb #44-control-35
 def judged(change, unrelated, column, asked):
     """How an edit did, by what it changed `(B, A)` and what unrelated codes change: `moved`, the share of samples whose attribute `column` went the way `asked`
-    (a sign, for all or each); `leaks` `(A,)`, the mean change of every attribute over that by unrelated codes; `leak`, the largest among the others."""
-    leaks = change.abs().mean(0) / unrelated.abs().mean(0)
+    (a sign, for all or each); `leaks` `(A,)`, the mean change of every attribute over that by unrelated codes (over 1 if they change nothing); `leak`, the others' largest."""
+    usual = unrelated.abs().mean(0)
+    leaks = change.abs().mean(0) / torch.where(usual > 0, usual, 1.0)
     others = torch.arange(len(leaks), device=leaks.device) != column
     return {"moved": float((change[:, column] * asked > 0).float().mean()), "leaks": leaks, "leak": float(leaks[others].max())}
 
