@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['usual', 'headings', 'higher_is_better', 'collect', 'cell', 'table', 'markdown', 'across', 'ranking', 'beats',
-           'ranking_figure']
+           'paired_ratio', 'ranking_figure']
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-03
 import json
@@ -12,6 +12,8 @@ import math
 import statistics
 import warnings
 from pathlib import Path
+
+from scipy.stats import t as student
 
 from ..core.plots import axes, palette
 from ..core.records import read_record
@@ -137,6 +139,19 @@ def beats(spread, a, b, metric="fid"):
     A, B = (spread[name][metric]["values"] for name in (a, b))
     wins = sum((x > y) if metric in higher_is_better else (x < y) for x in A for y in B)
     return (wins + sum(x == y for x in A for y in B) / 2) / (len(A) * len(B))
+
+# %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-paired-1
+def paired_ratio(spread, a, b, metric="fid", level=0.95):
+    """How many times model `b`'s value model `a` has, seed by seed: (geometric mean, low, high) of Student's interval of the logarithms; NaNs as ends for one seed.
+
+    The seeds must stand in the same order in both. Raises ValueError for different numbers of seeds, or values that are not positive. Source: Student 1908.
+    """
+    A, B = (spread[name][metric]["values"] for name in (a, b))
+    if len(A) != len(B) or min(*A, *B) <= 0:
+        raise ValueError(f"ratios of pairs need as many positive values of {metric} for {a} as for {b}, got {A} and {B}")
+    d = [math.log(x / y) for x, y in zip(A, B)]
+    half = student.ppf((1 + level) / 2, len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
+    return tuple(math.exp(statistics.fmean(d) + k * half if k else statistics.fmean(d)) for k in (0, -1, 1))
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-31
 def ranking_figure(spread, metric="fid"):
