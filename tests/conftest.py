@@ -50,3 +50,15 @@ def tiny_study(tmp_path_factory):
     for _ in runs.study(recipe, place / "out"):
         pass
     return place / "out"
+
+
+@pytest.fixture
+def one_thread():
+    "Sums in one order, and a seeded global generator: what a test draws does not depend on the tests before it."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

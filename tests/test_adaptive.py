@@ -22,26 +22,13 @@ from diffusevae.diffusion.unet import UNet
 from diffusevae.hybrid.adaptive import AdaptiveDiffuseVAE, ConstantGate, FixedGate, Gated, LearnedGate, calibrate, spread, widened
 from diffusevae.hybrid.diffusevae import DiffuseVAE
 from diffusevae.hybrid.effort import Effort, Lazy, fit_effort, measures, paired_interval, refine, sample_adaptive
+from helpers import awake
 
 both_forms = pytest.mark.parametrize("form", [1, 2])
 both_colours = pytest.mark.parametrize("channels", [1, 3])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-def awake(net):
-    "Random numbers where a fresh network has zeros, so that its output depends on all of its inputs."
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.2)
-    return net
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def vae(channels=1, **how):

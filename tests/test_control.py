@@ -21,13 +21,7 @@ from diffusevae.hybrid.diffusevae import DiffuseVAE
 both_forms = pytest.mark.parametrize("form", [1, 2])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def system(form=1, channels=1, use_z=False, size=8, T=40, std=0.05):

@@ -20,13 +20,7 @@ some = {"noise": 0.3, "blur": 1.3, "quantize": 0.4, "occlude": 0.3, "lowres": 3.
 each_kind = pytest.mark.parametrize("kind", corruptions)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pictures(n=5, channels=3, height=12, width=20):

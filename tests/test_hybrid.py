@@ -13,18 +13,13 @@ from diffusevae.diffusion.samplers import last
 from diffusevae.diffusion.unet import UNet
 from diffusevae.hybrid.corruptions import Augmentation
 from diffusevae.hybrid.diffusevae import DiffuseVAE
+from helpers import awake
 
 both_forms = pytest.mark.parametrize("form", [1, 2])
 settings = Settings(steps=6, batch_size=4, lr=1e-2, warmup=0, ema=0.5, validation=0.25, validate_every=3, checkpoint_every=3, device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images(channels=1, n=16):
@@ -109,25 +104,18 @@ def test_resume_equals_one_go(form, tmp_path):
 @pytest.mark.parametrize("use_z", [False, True])
 def test_gradient_stops_at_the_first_stage(form, use_z):
     model = system(form, use_z=use_z).train()
-    nudge(model.denoiser)
+    awake(model.denoiser)
     x = torch.rand(4, 1, 8, 8, requires_grad=True)
     model.loss(Batch(x))["loss"].backward()
     assert all(p.grad is None for p in model.vae.parameters()) and not model.vae.training
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.denoiser.parameters())
 
 
-def nudge(net):
-    "Random numbers where a fresh network has zeros, so that its output depends on all of its inputs."
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.2)
-
-
 @both_forms
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_seeds_fix_samples_one_by_one(form, sampler):
     model = system(form).eval()
-    nudge(model.denoiser)
+    awake(model.denoiser)
     many = model.sample_pairs(3, seeds=[4, 5, 6], sampler=sampler, steps=5)
     torch.rand(7)  # the global random state has no say
     one = model.sample_pairs(1, seeds=[5], sampler=sampler, steps=5)
@@ -142,7 +130,7 @@ def test_seeds_fix_samples_one_by_one(form, sampler):
 def test_guided_and_augmented_from_training_to_file(form, channels, use_z, tmp_path):
     model = system(form, channels, use_z, cond_drop=0.3, augment=Augmentation(noise=0.4, blur=1.0))
     trained(model, tmp_path, channels)
-    nudge(model.denoiser)
+    awake(model.denoiser)
     save_system(tmp_path / "now.safetensors", model.eval())
     again = load_system(tmp_path / "now.safetensors")
     assert again.cond_drop == 0.3 and again.augment.largest == model.augment.largest
@@ -157,7 +145,7 @@ def test_guided_and_augmented_from_training_to_file(form, channels, use_z, tmp_p
 def test_without_its_condition_a_sample_has_nothing_of_it(form):
     "w = -1 leaves the answer under no condition: in form 1 neither x̂ nor z have a say, in form 2 x̂ has by the shift alone."
     model = system(form, use_z=True, cond_drop=0.5).eval()
-    nudge(model.denoiser)
+    awake(model.denoiser)
     noise, x_hat, z = torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8), torch.randn(2, 3)
     end = lambda x_hat, z: last(model.steps(x_hat, z, steps=4, noise=noise, guidance=-1.0))
     assert torch.allclose(end(x_hat, z), end(x_hat, z + 1), atol=1e-5)
@@ -167,7 +155,7 @@ def test_without_its_condition_a_sample_has_nothing_of_it(form):
 @both_forms
 def test_one_noise_makes_a_batch_differ_by_z_alone(form):
     model = system(form).eval()
-    nudge(model.denoiser)
+    awake(model.denoiser)
     x_hat = torch.rand(1, 1, 8, 8).expand(3, -1, -1, -1)
     for sampler in ("ddim", "ddpm"):
         same = last(model.steps(x_hat, seeds=[5, 5, 5], sampler=sampler, steps=5))
@@ -205,7 +193,7 @@ def test_shares_out_of_range_and_missing_conditions_are_refused():
 @pytest.mark.parametrize("predict", ["eps", "x0", "v"])
 def test_batch_of_one_ends_in_range(form, channels, predict):
     model = system(form, channels, predict=predict).eval()
-    nudge(model.denoiser)
+    awake(model.denoiser)
     assert model.loss(Batch(torch.zeros(1, channels, 8, 8)))["loss"].ndim == 0
     *_, end = model.steps(torch.ones(1, channels, 8, 8), steps=7, seeds=[0])
     assert end.x.shape == (1, channels, 8, 8) and torch.allclose(end.x, end.x0, atol=1e-4) and end.x.abs().max() <= 1 + 1e-4
@@ -214,7 +202,7 @@ def test_batch_of_one_ends_in_range(form, channels, predict):
 def test_form_2_is_form_1_of_a_network_that_sees_y_plus_x_hat():
     one, two = system(1), system(2)
     two.load_state_dict(one.state_dict())
-    nudge(one.denoiser)
+    awake(one.denoiser)
     two.denoiser.load_state_dict(one.denoiser.state_dict())
     x_hat = torch.rand(2, 1, 8, 8)
     forward = one.denoiser.forward

@@ -94,3 +94,19 @@ def test_stages_build_what_they_say(study):
 def test_a_start_of_another_form_is_refused(study):
     with pytest.raises(runs.RunFailed, match="start_from must be a DiffuseVAE of form 1"):
         runs.run("train_diffusevae", study / "wrong", start_from=str(study / "form2"), **TRAIN)
+
+
+@pytest.mark.timeout(300)
+def test_effort_in_pairs(study):
+    "A loose tolerance saves evaluations, and every set is measured against the full walk; codes come from the fitted prior of a joint model."
+    runs.run("train_prior", study / "mixture", vae=str(study / "joint"), kind="mixture", components=2, device="cpu")
+    prior = study / "mixture" / "vae.safetensors"
+    assert type(load_system(prior).prior).__name__ == "MixturePrior"
+    how = dict(steps=6, drifts=[0.5], starts=[9], tolerance=1.0, fitted_on=8, buckets=2, n=24, resamples=10, batch_size=16, device="cpu")
+    runs.run("effort", study / "effort", model=str(study / "joint"), prior=str(prior), **how)
+    found, table = models(study, "effort"), records.read_record(study / "effort")["metrics"]["effort"]
+    assert found["joint, 6 steps"]["network_evaluations"] == 6 and "fid_change" not in found["joint, 6 steps"]
+    fitted = found["joint, fitted"]
+    assert 0 < fitted["evaluations_over_full"] < 1 and fitted["fid_change_low"] < fitted["fid_change_high"] and table["choices"] and len(found) == 4
+    with pytest.raises(runs.RunFailed, match="refines nothing"):
+        runs.run("effort", study / "of_vae", model=str(study / "vae"), **how)

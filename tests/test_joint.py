@@ -19,18 +19,13 @@ from diffusevae.hybrid.corruptions import Augmentation
 from diffusevae.hybrid.diffusevae import DiffuseVAE
 from diffusevae.hybrid.joint import JointDiffuseVAE, from_two_stage, latent_figures, linear_probe, pull, stops, with_objective
 from diffusevae.hybrid.losses import FocalFrequency, HybridTerms, MultiscaleSSIM, PerceptualLoss, Ramp, hybrid_terms
+from helpers import awake
 
 both_forms = pytest.mark.parametrize("form", [1, 2])
 settings = dict(steps=6, batch_size=4, lr=1e-2, warmup=0, ema=0.5, validation=0.25, validate_every=3, checkpoint_every=3, device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def images(channels=1, n=16, labels=False):
@@ -42,18 +37,10 @@ def images(channels=1, n=16, labels=False):
     return ImageSet(x, (corners[:, 0] > 1).long() if labels else None, ("upper", "lower"))
 
 
-def nudge(net):
-    "Random numbers where a fresh network has zeros, so that its output depends on all of its inputs."
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.2)
-    return net
-
-
 def system(cls=JointDiffuseVAE, channels=1, use_z=False, vae=None, **how):
     torch.manual_seed(0)
-    vae = nudge(VAE(8, channels, z_dim=3, width=4, levels=1)) if vae is None else vae
-    net = nudge(UNet(8, channels, width=8, multipliers=(1, 1), image_channels=channels, z_dim=3 if use_z else 0))
+    vae = awake(VAE(8, channels, z_dim=3, width=4, levels=1)) if vae is None else vae
+    net = awake(UNet(8, channels, width=8, multipliers=(1, 1), image_channels=channels, z_dim=3 if use_z else 0))
     return cls(vae, net, Diffusion(Schedule(cosine(40)), "v"), use_z=use_z, **how)
 
 
@@ -205,7 +192,7 @@ def test_learning_rate_of_the_vae(scale, tmp_path):
 def test_rate_constraint_holds_against_the_refiner(tmp_path):
     "β rises while the rate is above its target, however the terms are weighted."
     vae = VAE(8, z_dim=3, width=4, levels=1, beta=Adaptive(0.05, of="rate", slack=0.1, speed=0.2))
-    records = trained(system(vae=nudge(vae), lambda_vae=0.1), tmp_path, steps=12)
+    records = trained(system(vae=awake(vae), lambda_vae=0.1), tmp_path, steps=12)
     assert records[-1].terms["beta"] > 1.5 * records[0].terms["beta"]
 
 
@@ -217,7 +204,7 @@ def test_any_vae(kind, tmp_path):
         vae = VAE(8, z_dim=3, width=4, levels=1, prior=FlowPrior(3, layers=2, hidden=8), flow=IAF(3, layers=1, hidden=8))
     else:
         vae = VAE(8, z_dim=3, width=4, levels=1, beta=Annealed(steps=4))
-    model = system(vae=nudge(vae))
+    model = system(vae=awake(vae))
     before = {k: v.clone() for k, v in model.vae.prior.state_dict().items()}
     assert all(torch.isfinite(torch.tensor(r.loss)) for r in trained(model, tmp_path))
     again = load_system(tmp_path / "best.safetensors")
@@ -276,8 +263,8 @@ def test_objective_is_exchanged_in_a_copy():
 def test_eyes_stay_outside_by_name_and_inside_as_a_module(tmp_path):
     "A perceptual term by name adds no tensors and nothing to train; one with a module is saved with it, frozen, and untouched by training."
     x = ImageSet(torch.randint(0, 255, (12, 1, 16, 16), dtype=torch.uint8))
-    vae = lambda: nudge(VAE(16, z_dim=3, width=4, levels=1))
-    make = lambda term: JointDiffuseVAE(vae(), nudge(UNet(16, width=8, multipliers=(1,), patch=2, image_channels=1)), Diffusion(Schedule(cosine(40))), hybrid=HybridTerms([term], [0.1]))
+    vae = lambda: awake(VAE(16, z_dim=3, width=4, levels=1))
+    make = lambda term: JointDiffuseVAE(vae(), awake(UNet(16, width=8, multipliers=(1,), patch=2, image_channels=1)), Diffusion(Schedule(cosine(40))), hybrid=HybridTerms([term], [0.1]))
     by_name, by_module = make(PerceptualLoss("digits")), make(PerceptualLoss(pretrained("digits_classifier")))
     assert not [k for k in by_name.state_dict() if k.startswith("hybrid")]
     held = {k: v.clone() for k, v in by_module.state_dict().items() if k.startswith("hybrid")}
@@ -329,7 +316,7 @@ def test_bad_input_is_refused(make, message):
 
 
 def test_latent_figures():
-    vae, data = nudge(VAE(8, z_dim=3, width=4, levels=1)), images(n=64, labels=True)
+    vae, data = awake(VAE(8, z_dim=3, width=4, levels=1)), images(n=64, labels=True)
     first = latent_figures(vae, data, data)
     assert first == latent_figures(vae, data, data) and set(first) == {"probe", "moment_kl", "energy", "active_units"}
     assert 0.5 <= first["probe"] <= 1 and first["moment_kl"] > 0 and 0 <= first["active_units"] <= 3

@@ -25,13 +25,7 @@ diffusers_utils.logging.set_verbosity_error()
 diffusers_utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def count(net):

@@ -26,13 +26,7 @@ from diffusevae.hybrid.refiner import Consistent, baseline, code_of, consistent,
 both_forms = pytest.mark.parametrize("form", [1, 2])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def system(form=1, channels=1, size=8, use_z=False, predict="v", vae=None, cond_drop=0.0, T=40, continuous=False):

@@ -85,8 +85,8 @@ def bound_term(process, out, x0, x_t, t, clip=True, discrete=True):
     `discrete` takes x0 for 8-bit pixels, otherwise for real numbers with a density; `clip` as for samplers. Source: Ho et al. 2020, equation 5.
     """
     predicted, smallest = samplers.clipping(clip)(process.to_x0(out, x_t, t)), process.smallest_variance().to(x0.dtype)
-    mean, (true_mean, true_variance) = process.posterior(predicted, x_t, t)[0], process.posterior(x0, x_t, t)
-    variance, true_variance = (torch.where(v > 0, v, smallest) for v in (process.reverse_variance(x_t, t, out=out), true_variance))  # 0 at the last step
+    (mean, variance), (true_mean, true_variance) = process.step_back(predicted, x_t, t, out=out), process.posterior(x0, x_t, t)
+    variance, true_variance = (torch.where(v > 0, v, smallest) for v in (variance, true_variance))  # 0 at the last step
     kl = kl_normal(true_mean, true_variance, mean, variance)
     log_p = pixel_log_prob(x0, mean, variance) if discrete else -((x0 - mean) ** 2 / variance + (2 * math.pi * variance).log()) / 2
     return torch.where(column(t == 0, x0), -log_p, kl).flatten(1).mean(1)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..autoencoders.gan import energy_distance
 from ..autoencoders.priors import codes_of
-from ..autoencoders.vae import AnyVAE, active_units
+from ..autoencoders.vae import AnyVAE, active_units, elbo_terms
 from ..core.checkpoints import configured
 from .diffusevae import TwoForms, noised_code
 from .losses import HybridTerms, as_ramp
@@ -67,9 +67,7 @@ class JointDiffuseVAE(TwoForms):
 
     def loss(self, batch):
         "`loss`; unweighted `vae` and `diffusion`; of the VAE, `reconstruction` and `kl` in nats and each hybrid term; both λs. Means over the batch."
-        x, (q, z, log_q) = batch.x, self.vae.draw(batch.x)
-        x_hat = self.vae.decode(z)
-        distortion, kl = -self.vae.likelihood(x_hat, x).mean(), self.vae.kl(q, z, log_q).mean(0)
+        x, (z, x_hat, distortion, kl) = batch.x, elbo_terms(self.vae, batch.x)
         (nats, more), (extra, named) = self.vae.objective(distortion, kl), self.hybrid.compare(x_hat, x)
         vae, diffusion = nats / x[0].numel() + extra, self.refiner_loss(x, *self.told(z, x_hat))
         weights = {"lambda_vae": self.lambda_vae(), "lambda_diff": self.lambda_diff()}
