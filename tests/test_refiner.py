@@ -215,7 +215,7 @@ def test_run_of_super_resolution(shelf, tmp_path):
 def test_run_on_another_generator(shelf, tmp_path):
     runs.run("refine", tmp_path / "ae", model=str(shelf / "tiny.safetensors"), source="other", other=str(shelf / "plain.safetensors"), task="none", start=20, **COMMON)
     found = records.read_record(tmp_path / "ae")["metrics"]["models"]
-    assert set(found) == {"tiny", "harmed", "baseline"} and "psnr" not in found["tiny"] and found["tiny"]["fid"] != found["harmed"]["fid"]
+    assert set(found) == {"tiny of plain", "harmed of plain", "baseline of plain"} and "psnr" not in found["tiny of plain"] and found["tiny of plain"]["fid"] != found["harmed of plain"]["fid"]
 
 
 @pytest.mark.timeout(240)

@@ -11,7 +11,7 @@ import pytest
 from lab_server import FORKED, jupyterlab
 
 NBS = Path(__file__).parent.parent / "nbs"
-NAMED = {"schedule", "forward", "attention", "trajectory", "quality", "guidance", "digits", "walk", "refine", "traversal", "layers", "clouds", "swap"}  # what the lessons promise, whatever else there is
+NAMED = {"schedule", "forward", "attention", "trajectory", "quality", "guidance", "digits", "walk", "refine", "traversal", "layers", "clouds", "swap", "control_walk", "attributes", "gate", "asking"}  # what the lessons promise, whatever else there is
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 
