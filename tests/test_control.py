@@ -260,7 +260,7 @@ def test_interpolate_edits_attributes(models, tmp_path):
     common = dict(model=str(models / "shapes.safetensors"), data="shapes", what="attribute", steps=2, n=3, device="cpu")
     runs.run("interpolate", tmp_path / "curve", attribute="hue", method="curve", keep=["x", "square", "ellipse", "triangle"], ends=[0], judge=4, **common)
     found, frames = metrics_and_frames(tmp_path / "curve")
-    assert frames.shape == (1, 3, 3, 32, 32) and {"x_hat_moved", "refined_moved", "refined_leak", "refined_change_size"} <= found.keys() and 0 <= found["x_hat_moved"] <= 1
+    assert frames.shape == (1, 3, 3, 32, 32) and {"x_hat_moved", "refined_moved", "refined_leak", "refined_change_size"} <= found.keys() and 0 <= found["x_hat_moved"] <= 1 and found["models"]["shapes, edit hue"]["refined_moved"] == found["refined_moved"]
 
 
 @pytest.mark.timeout(180)

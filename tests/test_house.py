@@ -69,12 +69,16 @@ class Lesson:
     "A teaching notebook."
 
     def __init__(self, path):
-        self.path, self.number = path, int(path.stem[:2])
+        self.path = path
         self.cells = [Cell(c) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
         self.markdown = [c for c in self.cells if c.kind == "markdown"]
         self.code = [c for c in self.cells if c.kind == "code"]
         self.exported = [c for c in self.code if c.exported]
         self.shown = [c for c in self.code if not c.exported]
+
+    @property
+    def number(self):
+        return int(self.path.stem[:2])
 
     @property
     def module(self):
@@ -148,12 +152,15 @@ def imported(tree, package=""):
 
 
 LESSONS = [Lesson(p) for p in sorted(ROOT.glob("nbs/[0-9]_*/[0-9][0-9]_*.ipynb"))]
+QUESTIONS = [Lesson(p) for p in sorted(ROOT.glob("nbs/[0-9]_*/q[0-9]_*.ipynb"))]  # answered from records, without a module of their own
 SOURCES = {p: ast.parse(p.read_text(encoding="utf-8")) for p in sorted(LIBRARY.rglob("*.py")) if p.name not in ("__init__.py", "_modidx.py")}
 MODULES = {".".join(p.relative_to(LIBRARY).with_suffix("").parts): p for p in SOURCES}
 NUMBERS = {lesson.module: lesson.number for lesson in LESSONS if lesson.module}
 TESTED_ELSEWHERE = set().union(*(words_used(ast.parse(p.read_text(encoding="utf-8"))) for p in ROOT.glob("tests/*.py") if p != Path(__file__)))
 
 each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda x: x.path.stem)
+each_page = pytest.mark.parametrize("lesson", LESSONS + QUESTIONS, ids=lambda x: x.path.stem)
+each_question = pytest.mark.parametrize("question", QUESTIONS, ids=lambda x: x.path.stem)
 
 
 # ---------------------------------------------------------------- a lesson
@@ -196,7 +203,7 @@ def test_every_public_name_is_documented(lesson):
     assert not bare, f"without a docstring: {', '.join(bare)}"
 
 
-@each_lesson
+@each_page
 def test_what_if_is_shown(lesson):
     text, code = lesson.section("what if")
     assert text, "no heading with “What if”"
@@ -204,7 +211,7 @@ def test_what_if_is_shown(lesson):
     assert any(c.pictures for c in code), "the “What if” section shows no picture: is it executed?"
 
 
-@each_lesson
+@each_page
 def test_ends(lesson):
     exercises, _ = lesson.section("exercises")
     assert exercises, "no heading “Exercises”"
@@ -213,13 +220,13 @@ def test_ends(lesson):
     assert lesson.section("where (next|it is used)")[0], "no heading “Where next”"
 
 
-@each_lesson
+@each_page
 def test_equation_with_source(lesson):
     equation, year = re.compile(r"\$[^$]+\$"), re.compile(r"\b(1[89]|20)\d\d\b")
     assert any(equation.search(c.source) and year.search(c.source) for c in lesson.markdown), "no cell has an equation and its source (with the year)"
 
 
-@each_lesson
+@each_page
 def test_pictures_have_alt_text(lesson):
     mute = [o for c in lesson.code for o in c.pictures if not any(str(m.get("alt", "")).strip() for m in o.get("metadata", {}).values() if isinstance(m, dict))]
     assert not mute, f"{len(mute)} picture outputs without alt text: show them by Picture(fig, alt)"
@@ -227,7 +234,7 @@ def test_pictures_have_alt_text(lesson):
     assert not links, f"images without alt text: {links}"
 
 
-@each_lesson
+@each_page
 def test_committed_executed(lesson):
     outputs = [o for c in lesson.code for o in c.outputs]
     assert any(c.pictures for c in lesson.code), "no picture among the outputs: run `make export`"
@@ -256,6 +263,26 @@ def test_seconds():
     long = {name: s for name, s in own.items() if s > slow * EACH}
     assert not long, f"over {slow * EACH:.0f} s ({EACH} on a machine of the usual speed): {long}"
     assert statistics.mean(own.values()) <= slow * MEAN, f"{statistics.mean(own.values()):.1f} s on average, at most {slow * MEAN:.1f} are allowed ({MEAN} on a machine of the usual speed)"
+
+
+# ---------------------------------------------------------------- a question
+
+
+def test_the_three_questions_are_asked():
+    assert len(QUESTIONS) == 3
+
+
+@each_question
+def test_a_question_is_answered_from_records(question):
+    "Read, not trained; every number that the answer gives is computed; and short enough to be read in one sitting."
+    code = "\n".join(c.source for c in question.code)
+    records = re.findall(r'"\.\./(runs/records/\w+\.json)"', code)
+    assert records and all((ROOT / "nbs" / r).is_file() for r in records), f"records that are not there: {records}"
+    assert not question.module and not {called(n) for c in question.code for n in ast.walk(c.tree) if isinstance(n, ast.Call)} & {"train", "sample", "sample_pairs"}
+    text, answer = question.section("the answer")
+    assert any("text/markdown" in o.get("data", {}) for c in answer for o in c.outputs), "the section “The answer” shows no computed text"
+    assert not re.search(r"\d\.\d", text), "numbers in “The answer” must come from the record"
+    assert len(question.cells) <= CELLS and sum(len(c.source.split()) for c in question.markdown) <= WORDS[1] and question.path.stat().st_size < BYTES
 
 
 # ---------------------------------------------------------------- the house
