@@ -1,8 +1,10 @@
 """What several tests share: tiny parameters for every run notebook, and a study made of them once."""
 
 import os
+import subprocess
 
 import pytest
+from forks import forking
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -38,6 +40,16 @@ def tiny_recipe(path):
     parts = {**TINY, "form1": form[1], "form2": form[2], **models, "baselines": baselines}
     path.write_text(RECIPE.format(**{k: json.dumps(v) for k, v in parts.items()}))
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_at_once(tmp_path_factory):
+    "Runs find a kernel that has its libraries imported, where they would wait for a new one: for what they compute it is the same."
+    home, path = tmp_path_factory.mktemp("kernels"), os.environ.get("JUPYTER_PATH")
+    with forking(home, "python3", cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(home), path]))
+        yield
+    os.environ.pop("JUPYTER_PATH") if path is None else os.environ.update(JUPYTER_PATH=path)
 
 
 @pytest.fixture(scope="session")
