@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['Settings', 'lr_at', 'split', 'epoch_order', 'rows_of_step', 'make_batch', 'optimizers_of', 'optimize', 'validate',
-           'placed', 'update', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train']
+           'placed', 'update', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train', 'train_briefly']
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-03
 import functools
 import json
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .checkpoints import restore_training, save_system, save_training
+from .checkpoints import load, restore, restore_training, save_system, save_training
 from .ema import Accelerated, averages_of, save_snapshot
 from .images import Batch
 from .layers import compilations, pick_compile, pick_device, pick_precision, precisions
@@ -248,3 +249,11 @@ def _steps(trainer, log):
         if progress.validation or trainer.due(trainer.settings.log_every):
             log(progress.row())
         yield progress
+
+# %% ../../nbs/0_core/06_training.ipynb #06-training-briefly
+def train_briefly(system, images, **settings):
+    "The system after `train` with these `Settings`, where no folder is to stay: with its best weights, averaged ones if there is an `ema`, in evaluation mode."
+    with tempfile.TemporaryDirectory() as run_dir:
+        for _ in train(system, images, Settings(**settings), run_dir):
+            pass
+        return restore(system, load(Path(run_dir) / "best.safetensors")[0]).eval()
