@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Settings', 'lr_at', 'split', 'epoch_order', 'rows_of_step', 'make_batch', 'optimizers_of', 'optimize', 'validate',
-           'placed', 'update', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train', 'train_briefly']
+           'update', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train', 'train_briefly']
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-03
 import functools
@@ -20,7 +20,7 @@ import torch
 from .checkpoints import load, restore, restore_training, save_system, save_training
 from .ema import Accelerated, averages_of, save_snapshot
 from .images import Batch
-from .layers import compilations, pick_compile, pick_device, pick_precision, precisions
+from .layers import compilations, pick_compile, pick_device, pick_precision, placed, precisions
 from .logs import Log, Progress, check_finite
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-05
@@ -87,9 +87,7 @@ def rows_of_step(step, n, batch_size, seed, device=None):
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-19
 def make_batch(images, rows, flip=False):
-    """The `rows` of an ImageSet, or another set with `x` and `labels`, as a `Batch` on its device; `flip` mirrors each with probability one half.
-
-    In memory the channels come last, as convolutions like it. Raises ValueError for `flip` of a set that says `flippable = False`."""
+    "The `rows` of an ImageSet, or another set with `x` and `labels`, as a `Batch`, channels last, on its device; `flip` mirrors each with probability ½, or raises ValueError if the set says `flippable = False`."
     if flip and not getattr(images, "flippable", True):
         raise ValueError("flip mirrors pixels, and a mirrored latent is not the latent of the mirrored image; encode mirrored images too, and set flip to False")
     x = (part := images[rows]).x
@@ -132,13 +130,6 @@ def validate(system, images, batch_size, seed=0):
     return {f"validation_{k}": sum(n * float(terms[k]) for n, terms in parts) / len(images) for k in parts[0][1]}
 
 # %% ../../nbs/0_core/06_training.ipynb #06-training-30
-def placed(images, device):
-    "The same set with its tensors on `device`, coloured images with the channels last: batches then need neither a transfer nor a copy."
-    tensors = {k: v for k, v in vars(images).items() if torch.is_tensor(v)}
-    order = {k: torch.channels_last if v.ndim == 4 and v.shape[1] > 1 else torch.preserve_format for k, v in tensors.items()}
-    return replace(images, **{k: v.to(device, memory_format=order[k]) for k, v in tensors.items()})
-
-
 def update(trainer):
     "One optimizer step and its averages: (the loss's terms, learning rate, norm of the gradient), all detached."
     s, step, device = trainer.settings, trainer.step, trainer.device
@@ -254,6 +245,5 @@ def _steps(trainer, log):
 def train_briefly(system, images, **settings):
     "The system after `train` with these `Settings`, where no folder is to stay: with its best weights, averaged ones if there is an `ema`, in evaluation mode."
     with tempfile.TemporaryDirectory() as run_dir:
-        for _ in train(system, images, Settings(**settings), run_dir):
-            pass
+        list(train(system, images, Settings(**settings), run_dir))
         return restore(system, load(Path(run_dir) / "best.safetensors")[0]).eval()
