@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['numbers', 'symmetry', 'faults', 'folds', 'targets', 'factors_of', 'degraded', 'of_shape', 'reading_loss',
-           'FactorRegressor', 'train_regressor', 'read_factors', 'read_faults', 'factor_change', 'reading_errors']
+           'FactorRegressor', 'train_regressor', 'read_factors', 'read_shapes', 'read_faults', 'factor_change',
+           'reading_errors']
 
 # %% ../../nbs/1_evaluation/12_factors.ipynb #12-factors-03
 import torch
@@ -139,6 +140,11 @@ def read_factors(images, regressor="shapes_factors", batch_size=256, device="aut
 
     Raises ValueError for floats, for images of another shape, and for an unknown name."""
     return _asked(regressor, images, lambda network, x: network.factors(x), batch_size, device)
+
+
+def read_shapes(images, regressor="shapes_factors", batch_size=256, device="auto"):
+    "The probability of each shape in uint8 images, `(N, 3)`: how far an image is on the way to another one. Otherwise as `read_factors`."
+    return _asked(regressor, images, lambda network, x: network(x)[1].softmax(1), batch_size, device)
 
 
 def read_faults(images, regressor="shapes_factors", batch_size=256, device="auto"):
