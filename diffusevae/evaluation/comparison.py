@@ -103,9 +103,9 @@ def markdown(rows):
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-23
 def _spread(rows):
-    "Mean, sample standard deviation (NaN for one value) and values of each metric that some row has as a number."
+    "Mean, sample standard deviation (None for one value) and values of each metric that some row has as a number."
     values = {k: [float(r[k]) for r in rows if _number(r.get(k))] for k in dict.fromkeys(k for r in rows for k in r)}
-    std = lambda v: statistics.stdev(v) if len(v) > 1 else math.nan
+    std = lambda v: statistics.stdev(v) if len(v) > 1 else None
     return {k: {"mean": statistics.fmean(v), "std": std(v), "values": v} for k, v in values.items() if v}
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-24
