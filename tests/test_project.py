@@ -208,3 +208,9 @@ def test_make_sets_up_what_is_missing_or_old(checkout):
 def test_ci_does_what_make_test_does():
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("\nmake test") and os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "- run: .ci/run" in (ROOT / ".github" / "workflows" / "test.yml").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("nbs/runs/records/*.json")), ids=lambda p: p.stem)
+def test_records_are_json_to_every_reader(path):
+    "NaN and Infinity are Python's own; other readers stop there."
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda constant: pytest.fail(f"{constant} in {path.name}"))
