@@ -1,5 +1,6 @@
 """The project as a whole: exported, clean, importable without its tools, installable, and the same wherever it is written down."""
 
+import json
 import os
 import re
 import shutil
