@@ -17,6 +17,7 @@ from diffusevae.diffusion.schedules import Schedule, cosine
 from diffusevae.diffusion.unet import UNet
 from diffusevae.hybrid import control
 from diffusevae.hybrid.diffusevae import DiffuseVAE
+from helpers import awake
 
 both_forms = pytest.mark.parametrize("form", [1, 2])
 
@@ -29,9 +30,7 @@ def system(form=1, channels=1, use_z=False, size=8, T=40, std=0.05):
     torch.manual_seed(0)
     vae = VAE(size, channels, z_dim=3, width=4, levels=1)
     net = UNet(size, channels, width=8, multipliers=(1,), image_channels=channels, z_dim=3 if use_z else 0)
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=std)
+    awake(net, std)
     return DiffuseVAE(vae, net, Diffusion(Schedule(cosine(T)), "v"), form, use_z).eval()
 
 
@@ -223,6 +222,7 @@ def test_another_prior_is_sampled_saved_and_loaded(form, tmp_path):
         assert type(again.vae.prior) is type(prior) and not any(p.requires_grad for p in again.vae.parameters())
         assert torch.equal(again.sample(2, seeds=[0, 1], steps=3), twin.sample(2, seeds=[0, 1], steps=3))
     assert (draw_codes(control.with_prior(model, mixture).vae.prior, 50).mean(0) - 5).abs().max() < 1
+    assert type(control.with_prior(model.vae, mixture).prior) is MixturePrior  # a VAE without a refiner
     assert type(model.vae.prior).__name__ == "StandardNormal"
     with pytest.raises(ValueError, match="dim=3"):
         control.with_prior(model, FlowPrior(4))

@@ -22,6 +22,7 @@ from diffusevae.evaluation.comparison import collect
 from diffusevae.hybrid.corruptions import corrupt, corruptions
 from diffusevae.hybrid.diffusevae import DiffuseVAE
 from diffusevae.hybrid.refiner import Consistent, baseline, code_of, consistent, distances, fitted_codes, mean_of, refine, responses
+from helpers import awake
 
 both_forms = pytest.mark.parametrize("form", [1, 2])
 
@@ -32,9 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def system(form=1, channels=1, size=8, use_z=False, predict="v", vae=None, cond_drop=0.0, T=40, continuous=False):
     vae = vae or VAE(size, channels, z_dim=3, width=4, levels=1)
     net = UNet(size, channels, width=8, multipliers=(1, 1), image_channels=channels, z_dim=vae.z_dim if use_z else 0, dropout=0.3)
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.2)
+    awake(net)
     return DiffuseVAE(vae, net, Diffusion(Schedule(cosine(T)), predict, continuous=continuous), form, use_z, cond_drop=cond_drop)
 
 

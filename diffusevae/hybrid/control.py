@@ -230,7 +230,9 @@ def edit_real(model, x, step, amount=1.0, steps=50, spacing="leading", **how):
 
 # %% ../../nbs/4_hybrid/44_control.ipynb #44-control-53
 def with_prior(model, prior):
-    "A copy of a DiffuseVAE whose VAE draws its codes from a copy of `prior`, and says so in its config. ValueError as `autoencoders.priors.with_prior`."
+    "A copy of a DiffuseVAE, or of a plain VAE, that draws its codes from a copy of `prior`, and says so in its config. ValueError as `autoencoders.priors.with_prior`."
+    if not hasattr(model, "vae"):
+        return priors.with_prior(model, prior)
     twin = copy.deepcopy(model)
     twin.vae = priors.with_prior(model.vae, prior).requires_grad_(False)
     twin.config = {**model.config, "arguments": {**model.config["arguments"], "vae": twin.vae.config}}
