@@ -12,6 +12,8 @@ import json
 from collections import namedtuple
 from pathlib import Path
 
+import yaml
+
 import diffusevae
 
 # %% ../../nbs/0_core/07_parameters.ipynb #07-parameters-05
@@ -90,15 +92,23 @@ def choice(name, value, options):
 
 # %% ../../nbs/0_core/07_parameters.ipynb #07-parameters-20
 def parsed(name, text, spec):
-    "A parameter's value from the text of a command line. Raises ValueError that names the type when it does not fit."
+    "A parameter's value from the text of a command line, lists and dicts in Python's notation or YAML's. Raises ValueError that names the type when it does not fit."
     want = known(name, spec).type
     if want is str:
         return text
     try:
         value = {"true": True, "false": False}.get(text.lower(), text) if want is bool else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = text
+        value = _yaml(text) if want in (list, dict) else text
     return checked({name: value}, spec)[name]
+
+
+def _yaml(text):
+    "What YAML makes of a text, or the text."
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 # %% ../../nbs/0_core/07_parameters.ipynb #07-parameters-23
 def given_in(namespace, spec):
