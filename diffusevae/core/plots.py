@@ -103,12 +103,12 @@ def lines(ax, x, named, xlabel="", ylabel="", title="", **how):
         ax.legend(fontsize=8)
 
 
-def log_scale(ax, which="xy"):
-    "Logarithmic scales of an axis, for `x`, `y` or both, with ticks at 0.1, 0.2, 0.5, 1, 2, 5, … in place of powers of ten."
+def log_scale(ax, which="xy", subs=(1, 2, 5)):
+    "Logarithmic scales of an axis, for `x`, `y` or both, with ticks at 0.1, 0.2, 0.5, 1, 2, 5, … in place of powers of ten; `subs` are those of a decade."
     for name in which:
         getattr(ax, f"set_{name}scale")("log")
         axis = getattr(ax, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5))), axis.set_minor_locator(NullLocator())
+        axis.set_major_locator(LogLocator(subs=subs)), axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:g}")
 
 # %% ../../nbs/0_core/01_plots.ipynb #01-plots-24

@@ -99,7 +99,7 @@ def extremes(values):
 
 # %% ../../nbs/4_hybrid/44_control.ipynb #44-control-25
 def mean_difference(codes, values):
-    "From the mean code without an attribute to the mean code with it, `(d,)`; who counts as which, and errors, as `extremes`. Source: Larsen et al. 2016, section 4.2."
+    "From the mean code without an attribute to the mean code with it, `(d,)`; who counts as which, and errors, as `extremes`. Source: Larsen et al. 2016, section 4.1.1."
     rows, on = extremes(values)
     return codes[rows][on].mean(0) - codes[rows][~on].mean(0)
 
