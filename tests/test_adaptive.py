@@ -331,7 +331,7 @@ def test_paired_interval():
         (lambda: fit_effort(published(), torch.zeros(2, 1, 8, 8), tolerance=0.0), "positive tolerance"),
         (lambda: fit_effort(published(), torch.zeros(2, 1, 8, 8), buckets=3), "no more buckets than samples"),
         (lambda: sample_adaptive(published(), 3, Effort("spread", [], [{}]), seeds=[1]), "1 seeds for 3 samples"),
-        (lambda: paired_interval(lambda a, b: 0.0, torch.zeros(3), torch.zeros(2)), "pairs are needed, got 3 and 2"),
+        (lambda: paired_interval(lambda a, b: 0.0, torch.zeros(3), torch.zeros(2)), "got 3 and 2 rows"),
     ],
 )
 def test_bad_input_is_refused(call, message):

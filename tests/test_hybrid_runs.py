@@ -110,3 +110,52 @@ def test_effort_in_pairs(study):
     assert 0 < fitted["evaluations_over_full"] < 1 and fitted["fid_change_low"] < fitted["fid_change_high"] and table["choices"] and len(found) == 4
     with pytest.raises(runs.RunFailed, match="refines nothing"):
         runs.run("effort", study / "of_vae", model=str(study / "vae"), **how)
+
+
+REFUSED = [
+    ("speed", dict(models=["{study}/form1", "{study}/form1"]), "two models have one name"),
+    ("speed", dict(models=["{study}/form1"], steps=[2], starts=[0, 20]), "starts must lie in 0 … 19"),
+    ("speed", dict(models=["{study}/form1"], steps=[2], schedules=[[4, 1e-6, 0.8]]), "schedules are for models with continuous noise levels"),
+    ("speed", dict(models=["{study}/form1"], steps=[2], priors=["", "digits_ddpm"]), "has no prior"),
+    ("speed", dict(models=["{study}/form1"], steps=[2], priors=["{study}/flow/vae.safetensors"] * 2), "two sets have one name"),
+    ("speed", dict(models=["{study}/form1"], steps=[2], n=-5), "n must be a finite number"),
+    ("effort", dict(model="{study}/form1", drift=-1.0), "drift must be"),
+    ("effort", dict(model="{study}/form1", resamples=0), "resamples must be"),
+    ("refine", dict(model="{study}/form1", filtered=0), "filtered must be"),
+    ("refine", dict(model="digits_ddpm", prior="digits_vae_flow"), "DDPM refines nothing"),
+    ("evaluate", dict(model="baselines", features="none"), "looks at none"),
+    ("evaluate", dict(model="digits_vae", guidance=1.0), "which nothing guides"),
+    ("interpolate", dict(model="{study}/form1", what="noise", real=True, steps=2, temperature=0.5), "at temperature 1"),
+    ("interpolate", dict(model="{study}/form1", what="attribute", attribute="3", real=True, keep=["3"]), "cannot be kept"),
+    ("train_diffusevae", dict(vae="{study}/vae", perceptual=1.0), "belongs to stage=joint"),
+    ("train_diffusevae", dict(vae="{study}/vae", gate="open"), "gate must be one of"),
+    ("train_diffusevae", dict(start_from="{study}/adaptive"), "a gate already"),
+    ("train_diffusevae", dict(vae="{study}/vae", augment_lowres=0), "lowres"),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("notebook, given, message", REFUSED)
+def test_wrong_settings_are_refused(study, tmp_path, notebook, given, message):
+    filled = lambda v: v.format(study=study) if isinstance(v, str) else [filled(x) for x in v] if isinstance(v, list) else v
+    with pytest.raises(runs.RunFailed, match=message):
+        runs.run(notebook, tmp_path / "refused", device="cpu", **{k: filled(v) for k, v in given.items()})
+
+
+@pytest.mark.timeout(120)
+def test_no_vae_is_trained_for_a_refiner_that_cannot_be_built(study, tmp_path):
+    with pytest.raises(runs.RunFailed, match="form must be 1 or 2"):
+        runs.run("train_diffusevae", tmp_path / "straight", vae="", form=3, **TRAIN)
+    assert not (tmp_path / "straight" / "vae").exists()
+
+
+@pytest.mark.timeout(180)
+def test_a_gate_is_held_to_what_is_known(study, tmp_path):
+    runs.run("refine", tmp_path / "held", model=str(study / "adaptive"), task="blur", severities=[1.0], consistent=True, n=4, steps=2, averaged=0, features="none", device="cpu")
+    assert len(models(tmp_path, "held")) == 6
+
+
+@pytest.mark.timeout(180)
+def test_a_diffusevae_is_measured_without_looking(study, tmp_path):
+    runs.run("evaluate", tmp_path / "unseen", model=str(study / "form1"), features="none", steps=2, device="cpu")
+    assert models(tmp_path, "unseen") == {"form1": {}}

@@ -145,7 +145,7 @@ class ImportantTimes(nn.Module):
         self.seen.index_add_(0, t, torch.ones_like(t))
 
 # %% ../../nbs/3_diffusion/38_ddpm.ipynb #38-ddpm-29
-def check_system(denoiser, process, weight, times, label_drop):
+def check_system(denoiser, process, weight="simple", times="uniform", label_drop=0.0):
     "Raises ValueError unless `denoiser` can be trained on `process` in this way; arguments as `DDPM`."
     loss_weight(process, torch.zeros(1, dtype=torch.long), weight)  # it knows its names
     if times not in ("uniform", "importance"):

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..core.checkpoints import build, configured
 from ..core.layers import zero_init
-from .diffusevae import DiffuseVAE
+from .corruptions import check_images
+from .diffusevae import DiffuseVAE, check_first_stage
 
 # %% ../../nbs/4_hybrid/45_adaptive.ipynb #45-adaptive-06
 def directions(draws, dim, seed=0):
@@ -57,8 +58,9 @@ def _line(x, y):
 def calibrate(vae, x, draws=8):
     """`{"slope": a, "power": p, "residual": b}` of E[(x − x̂)²] ≈ a · spread(x̂)^p + b over the pixels of held-out images `x`: p 1 or 2, by least squares, a ≥ 0, b ≥ 1e-4.
 
-    x̂ is decoded from a code drawn from q(z | x) by the global generator.
+    x̂ is decoded from a code drawn from q(z | x) by the global generator. Raises ValueError as `check_first_stage`, `check_images` and `spread`.
     """
+    check_first_stage(vae), check_images(x)
     x_hat = vae.reconstruct(x)
     spreads, wrong = (v.double().flatten() for v in (spread(vae, x_hat, draws), (x - x_hat).square().mean(1)))
     power = min((1, 2), key=lambda p: _line(spreads**p, wrong)[2])
@@ -144,7 +146,9 @@ class Gated(nn.Module):
 # %% ../../nbs/4_hybrid/45_adaptive.ipynb #45-adaptive-24
 @torch.no_grad()
 def widened(denoiser):
-    "A copy of a U-Net or DiT that takes one more channel in the condition's image, and does not look at it yet: the same outputs, and training may start from there."
+    "A copy of a U-Net or DiT that takes one more channel in the condition's image, and does not look at it yet: the same outputs, and training may start from there. ValueError for one with a gate."
+    if isinstance(denoiser, Gated):
+        raise ValueError("this denoiser has a gate already; widen the network inside it, or start from a model without a gate")
     arguments, first = denoiser.config["arguments"], denoiser.stem.weight
     twin = build({**denoiser.config, "arguments": {**arguments, "image_channels": arguments["image_channels"] + 1}}).to(first)
     wide = torch.zeros_like(twin.stem.weight)
@@ -158,12 +162,12 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
     """DiffuseVAE whose x̂ conditions as strongly as `gate` lets it, by the precision 1 / (`slope` · spread^`power` + `residual`) of each pixel (`calibrate`), from `draws` codes.
 
     The `denoiser` takes one channel more than the VAE's images have (`widened`). What follows `gate` as in `DiffuseVAE`. Raises ValueError as there and as `Gated`,
-    for a negative slope, and for a residual that is not positive.
+    for a negative slope, a residual that is not positive, and a power that is not 1 or 2.
     """
 
     def __init__(self, vae, denoiser, process, gate, form=1, use_z=False, z_noise=0.0, cond_drop=0.0, augment=None, slope=1.0, power=2, residual=0.01, draws=8):
-        if slope < 0 or residual <= 0:
-            raise ValueError(f"the error's variance must be positive: slope ≥ 0 and residual > 0 are needed, got {slope} and {residual}")
+        if not (0 <= slope < math.inf and 0 < residual < math.inf and power in (1, 2)):
+            raise ValueError(f"the error's variance must be positive: slope ≥ 0, residual > 0 and power 1 or 2 are needed, got {slope}, {residual} and {power}")
         super().__init__(vae, Gated(denoiser, gate, process), process, form, use_z, z_noise, cond_drop, augment)
         self.slope, self.power, self.residual, self.draws = slope, power, residual, draws
         spread(vae, torch.zeros(1, vae.channels, vae.size, vae.size).to(next(vae.parameters())), draws)  # a VAE that has none should say so now

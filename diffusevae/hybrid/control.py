@@ -19,6 +19,7 @@ from ..autoencoders.vae import slerp
 from ..core.images import ImageSet, to_uint8
 from ..core.parameters import choice
 from ..diffusion import samplers
+from .corruptions import check_images
 
 # %% ../../nbs/4_hybrid/44_control.ipynb #44-control-06
 ways = {"linear": torch.lerp, "spherical": slerp}
@@ -89,7 +90,9 @@ def attributes_of(images, names):
 def extremes(values):
     """The clear cases of an attribute `(N,)`: their rows, int64 `(n,)`, and which of them have it, bool. Of two values all; of more, the outer thirds.
 
-    Raises ValueError for an attribute that never changes."""
+    Raises ValueError for an attribute that never changes or is not finite."""
+    if not values.isfinite().all():
+        raise ValueError("an attribute must be known, and finite, for all images")
     thirds = values.new_tensor([1 / 3, 2 / 3])
     low, high = (values.min(), values.max()) if len(values.unique()) < 3 else values.quantile(thirds)
     if low == high:
@@ -123,9 +126,10 @@ methods = {"mean": mean_difference, "logistic": logistic, "regression": regressi
 
 
 def orthogonal(u, others):
-    "What is left of a direction `u` `(d,)` at right angles to all `others` `(A, d)`, by Gram and Schmidt. ValueError if nothing is."
-    q = torch.linalg.qr(others.T).Q
-    left = u - q @ (q.T @ u)
+    "What is left of a direction `u` `(d,)` at right angles to all `others` `(A, d)`, which may depend on each other. ValueError if nothing is."
+    _, size, q = torch.linalg.svd(others, full_matrices=False)
+    q = q[size > 1e-4 * size[0]]  # the rest of a basis of what does not fill it is arbitrary
+    left = u - q.T @ (q @ u)
     if left.norm() < 1e-4 * u.norm():
         raise ValueError("nothing is left of this direction at right angles to the others; keep fewer attributes")
     return left
@@ -158,7 +162,9 @@ def direction(codes, images, name, how="mean", keep=()):
     """The step `(d,)` among the `codes` `(N, d)` of `images` that changes the attribute `name`: one standard deviation of the codes long.
 
     `how` is mean, logistic or regression, in the coordinates of the codes' `Cloud`; of attributes to `keep`, the regressions' directions are taken out.
-    Raises ValueError as `attribute_of`, `extremes` and `orthogonal`, and for an unknown `how`."""
+    Raises ValueError as `attribute_of`, `extremes` and `orthogonal`, for an unknown `how`, a `name` to keep, and codes of other images."""
+    if name in keep or len(codes) != len(images):
+        raise ValueError(f"one code an image is needed, and other attributes to keep; got {len(codes)} codes of {len(images)} images, and {name} with keep={list(keep)}")
     cloud, find = Cloud.of(codes), choice("how", how, methods)
     e, values = cloud.white(codes), attributes_of(images, [name, *keep]).to(codes.device).T
     u = find(e, values[0])
@@ -214,12 +220,11 @@ def invert(model, x, steps=50, seed=0, **how):
     """Of real images `x` `(B, C, H, W)` the z, drawn from q(z | x) by `seed`, their x̂, and the x_T from which DDIM leads back to them; y_T in form 2.
 
     Keywords as `samplers.ddim_invert`. Raises ValueError for what are no images in [-1, 1] of the VAE's size. Source: Song et al. 2021 (DDIM), section 4.3."""
-    if not x.is_floating_point() or x.abs().max() > 1.0001:
-        raise ValueError(f"images must be floats in [-1, 1], got {x.dtype} from {float(x.min()):g} to {float(x.max()):g}; convert uint8 by to_float")
+    check_images(x)
     z = priors.codes_of(model.vae, ImageSet(to_uint8(x)), seed)
     with torch.no_grad():
         x_hat = model.vae.decode(z)
-    return z, x_hat, samplers.last(samplers.ddim_invert(model.model(x_hat), model.process, x, cond=model.cond(x_hat, z), steps=steps, **how))
+    return z, x_hat, samplers.last(samplers.ddim_invert(model.model(x_hat), model.process, x.to(x_hat), cond=model.cond(x_hat, z), steps=steps, **how))
 
 
 def edit_real(model, x, step, amount=1.0, steps=50, spacing="leading", **how):
@@ -231,7 +236,9 @@ def edit_real(model, x, step, amount=1.0, steps=50, spacing="leading", **how):
 # %% ../../nbs/4_hybrid/44_control.ipynb #44-control-53
 def with_prior(model, prior):
     "A copy of a DiffuseVAE, or of a plain VAE, that draws its codes from a copy of `prior`, and says so in its config. ValueError as `autoencoders.priors.with_prior`."
-    if not hasattr(model, "vae"):
+    if not hasattr(drawn_from := getattr(model, "vae", model), "posterior_sample"):
+        raise ValueError(f"a {type(model).__name__} draws no codes, so it takes no prior; leave prior empty")
+    if drawn_from is model:
         return priors.with_prior(model, prior)
     twin = copy.deepcopy(model)
     twin.vae = priors.with_prior(model.vae, prior).requires_grad_(False)

@@ -17,6 +17,7 @@ from ..diffusion import samplers
 from ..diffusion.process import Diffusion
 from .adaptive import spread
 from .diffusevae import Refiner
+from .refiner import check_refiner
 
 # %% ../../nbs/4_hybrid/48_effort.ipynb #48-effort-08
 def rms(x):
@@ -32,6 +33,7 @@ class Lazy(Refiner):
 
     def __init__(self, system, drift=0.0):
         super().__init__()
+        check_refiner(system)
         if not drift >= 0 or system.process.variance == "learned_range":
             raise ValueError(f"drift must not be negative, and the variance must be fixed; got drift {drift} and {system.process.variance}")
         self.system, self.drift, self.cond = system, drift, system.cond
@@ -127,10 +129,11 @@ def fit_effort(system, x_hat, z=None, candidates=(), tolerance=0.02, full=None, 
     """An `Effort` for samples like `x_hat` `(B, C, H, W)`: in each of `buckets`, of equal size, the cheapest of `full` and `candidates`, keywords of `refine`, that stays near; one bucket if all agree.
 
     Near is a mean rms distance of at most `tolerance` to what `full` (50 steps) makes of the same noise, by `seeds`, 0, 1, … unless given. `how` goes to all of them. Raises
-    ValueError for a tolerance that is not positive and for fewer samples than buckets.
+    ValueError for a tolerance that is not positive, for fewer samples than buckets, and as `check_refiner`.
     """
-    if not tolerance > 0 or not 0 < buckets <= len(x_hat):
-        raise ValueError(f"a positive tolerance and no more buckets than samples are needed, got {tolerance}, {buckets} and {len(x_hat)} samples")
+    check_refiner(system)
+    if not tolerance > 0 or not 0 < buckets <= len(x_hat) or not x_hat.isfinite().all():
+        raise ValueError(f"a positive tolerance and no more buckets than samples, all finite, are needed, got {tolerance}, {buckets} and {len(x_hat)} samples")
     seeds, settings = range(len(x_hat)) if seeds is None else seeds, [full or {"steps": 50}, *candidates]
     uncertainty, _ = measured(measure, system, x_hat, z, seeds)
     edges = torch.quantile(uncertainty, torch.linspace(0, 1, buckets + 1)[1:-1].to(uncertainty)).tolist()
@@ -146,8 +149,9 @@ def fit_effort(system, x_hat, z=None, candidates=(), tolerance=0.02, full=None, 
 def sample_adaptive(system, n, effort, seeds=None, **how):
     """`n` refined images `(n, C, H, W)` by an `Effort`, group by group, and the network evaluations of each, int64 `(n,)`; `how` goes to all groups.
 
-    `seeds` fix code and noise as in the system's own `sample`, drawn by the global generator unless given.
+    `seeds` fix code and noise as in the system's own `sample`, drawn by the global generator unless given. ValueError as `check_refiner`.
     """
+    check_refiner(system)
     seeds = torch.randint(2**31, (n,)).tolist() if seeds is None else list(seeds)
     z = draw_codes(system.vae.prior, n, seeds)
     x_hat = system.vae.decode(z)
@@ -165,8 +169,8 @@ def paired_interval(difference, a, b, resamples=200, seed=0, level=0.95):
 
     For FID relative to `base` = fid(real, a): `lambda a, b: (fid(real, b) - fid(real, a)) / base`, with the base held fixed. Raises ValueError unless `a` and `b` have equally many rows. Source: Efron and Tibshirani 1993, section 13.3.
     """
-    if len(a) != len(b):
-        raise ValueError(f"pairs are needed, got {len(a)} and {len(b)} rows")
+    if len(a) != len(b) or resamples < 1:
+        raise ValueError(f"pairs are needed, and at least one resample; got {len(a)} and {len(b)} rows, and {resamples}")
     generator = torch.Generator().manual_seed(seed)
     rows = (torch.randint(len(a), (len(a),), generator=generator) for _ in range(resamples))
     values = torch.tensor([float(difference(a[r], b[r])) for r in rows], dtype=torch.float64)
