@@ -15,7 +15,6 @@ from torch import nn
 
 from ..core.checkpoints import build, configured
 from ..core.layers import zero_init
-from .corruptions import check_images
 from .diffusevae import DiffuseVAE, check_first_stage
 
 # %% ../../nbs/4_hybrid/45_adaptive.ipynb #45-adaptive-06
@@ -58,9 +57,11 @@ def _line(x, y):
 def calibrate(vae, x, draws=8):
     """`{"slope": a, "power": p, "residual": b}` of E[(x − x̂)²] ≈ a · spread(x̂)^p + b over the pixels of held-out images `x`: p 1 or 2, by least squares, a ≥ 0, b ≥ 1e-4.
 
-    x̂ is decoded from a code drawn from q(z | x) by the global generator. Raises ValueError as `check_first_stage`, `check_images` and `spread`.
+    x̂ is decoded from a code drawn from q(z | x) by the global generator. Raises ValueError as `check_first_stage` and `spread`, and for images that are not finite.
     """
-    check_first_stage(vae), check_images(x)
+    check_first_stage(vae)
+    if not x.numel() or not x.isfinite().all():
+        raise ValueError("at least one image is needed to calibrate on, and all must be finite")
     x_hat = vae.reconstruct(x)
     spreads, wrong = (v.double().flatten() for v in (spread(vae, x_hat, draws), (x - x_hat).square().mean(1)))
     power = min((1, 2), key=lambda p: _line(spreads**p, wrong)[2])

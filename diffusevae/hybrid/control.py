@@ -20,6 +20,7 @@ from ..core.images import ImageSet, to_uint8
 from ..core.parameters import choice
 from ..diffusion import samplers
 from .corruptions import check_images
+from .diffusevae import check_refiner
 
 # %% ../../nbs/4_hybrid/44_control.ipynb #44-control-06
 ways = {"linear": torch.lerp, "spherical": slerp}
@@ -51,7 +52,8 @@ def draw(model, z, seeds=0, noise=None, **how):
     """x̂ of codes `(B, d)`, and their refinements by a DiffuseVAE: two times `(B, C, H, W)`.
 
     A number as `seeds` is one seed for all, so that the samples differ by z alone; a list has one for each, None draws anew. `noise`, of one image or of each,
-    takes the place of x_T. Other keywords and errors as `TwoForms.steps`."""
+    takes the place of x_T. Other keywords and errors as `TwoForms.steps`; ValueError for what refines nothing."""
+    check_refiner(model)
     x_hat = model.vae.decode(z)
     if noise is not None and (noise.ndim == 3 or len(noise) == 1):
         noise = noise.expand(len(z), -1, -1, -1)

@@ -16,8 +16,7 @@ from ..autoencoders.vae import draw_codes
 from ..diffusion import samplers
 from ..diffusion.process import Diffusion
 from .adaptive import spread
-from .diffusevae import Refiner
-from .refiner import check_refiner
+from .diffusevae import Refiner, check_refiner
 
 # %% ../../nbs/4_hybrid/48_effort.ipynb #48-effort-08
 def rms(x):
