@@ -268,6 +268,10 @@ def test_seconds():
 # ---------------------------------------------------------------- a question
 
 
+def test_the_three_questions_are_asked():
+    assert len(QUESTIONS) == 3
+
+
 @each_question
 def test_a_question_is_answered_from_records(question):
     "Read, not trained; every number that the answer gives is computed; and short enough to be read in one sitting."
