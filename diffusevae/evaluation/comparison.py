@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['usual', 'headings', 'higher_is_better', 'collect', 'cell', 'table', 'markdown', 'across', 'ranking', 'beats',
-           'paired_ratio', 'ranking_figure']
+           'paired_ratio', 'with_interval', 'ranking_figure']
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-03
 import json
@@ -152,6 +152,14 @@ def paired_ratio(spread, a, b, metric="fid", level=0.95):
     d = [math.log(x / y) for x, y in zip(A, B)]
     half = student.ppf((1 + level) / 2, len(d) - 1) * statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
     return tuple(math.exp(statistics.fmean(d) + k * half if k else statistics.fmean(d)) for k in (0, -1, 1))
+
+# %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-paired-3
+def with_interval(ratio):
+    "The (mean, low, high) of `paired_ratio` as text, `0.64 (0.28 to 1.48)`: the mean alone where one seed gives no interval, – for None."
+    if ratio is None:
+        return "–"
+    mean, low, high = ratio
+    return f"{mean:.2f}" if math.isnan(low) else f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-31
 def ranking_figure(spread, metric="fid"):
