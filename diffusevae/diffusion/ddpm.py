@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.checkpoints import configured
+from ..core.parameters import at_least
 from . import samplers
 from .conditions import Cond, drop
 from .guidance import cfg, classifier_guided
@@ -195,6 +196,7 @@ class Drawing(nn.Module):
     def steps(self, n, label=None, guidance=0.0, interval=None, rescale=0.0, classifier=None, sampler="ddim", seeds=None, temperature=1.0, **walk):
         """The reverse process of `n` samples as a generator of `Step`s; `sampler` by name, `seeds` one a sample, `temperature` scales x_T, `label`
         as `class_labels`, `guidance` w and what follows as `guided`, the rest as `samplers.reverse`. ValueError as these."""
+        at_least(0, temperature=temperature)
         model, cond = self.guided(guidance, interval, rescale, classifier), self.cond(n, label, getattr(classifier, "classes", None))
         x_T = temperature * samplers.Noise(self.shape(n), seeds, device=next(self.denoiser.parameters()).device)()
         return samplers.named(sampler)(model, self.process, x_T, cond=cond, seeds=seeds, **walk)
