@@ -44,7 +44,7 @@ def copy_to_the_last_widget(path, copy):
 def lab(tmp_path_factory):
     "JupyterLab on a copy of the notebooks: its address."
     home = tmp_path_factory.mktemp("lab")
-    shutil.copytree(NBS, home / "nbs", ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints"))
+    shutil.copytree(NBS, home / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for path in WIDGETS:
         copy_to_the_last_widget(path, home / "nbs" / path.relative_to(NBS))
     tracker = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weights', 'whole_file', 'write_json', 'save', 'load', 'configured', 'build', 'restore', 'optimizer_tensors',
            'restore_optimizers', 'save_training', 'restore_training', 'save_system', 'load_system', 'pretrained',
-           'find_system', 'image_shape', 'check_images']
+           'find_system', 'image_shape', 'check_fits']
 
 # %% ../../nbs/0_core/03_checkpoints.ipynb #03-checkpoints-04
 import functools
@@ -236,12 +236,13 @@ def find_system(place, device="cpu"):
 # %% ../../nbs/0_core/03_checkpoints.ipynb #03-checkpoints-fit-1
 def image_shape(system):
     "(channels, height, width) of the images that a system is built for, as its VAE, its first stage, itself or its denoiser says; None if none of them does."
-    parts = [getattr(system, "vae", None), getattr(system, "first_stage", None), system, getattr(system, "denoiser", None)]
+    parts = [getattr(system, "vae", None), getattr(system, "first_stage", None), system, getattr(system, "denoiser", None)]  # that of a latent model knows latents only: last
     return next(((p.channels, p.size, p.size) for p in parts if hasattr(p, "size") and hasattr(p, "channels")), None)
 
 
-def check_images(system, images, source="the model"):
+def check_fits(system, images, source="the model"):
     "Raises ValueError when a system is built for images of another shape than `images`, `(N, C, H, W)`."
-    if (own := image_shape(system)) is not None and own != (asked := tuple(images.shape[1:])):
-        form = "{} × {} × {}".format
-        raise ValueError(f"{source} is built for images of {form(*own)}, and the data's are {form(*asked)}; give the data that it was trained on")
+    own, given = image_shape(system), tuple(images.shape[1:])
+    if own not in (None, given):
+        own, given = (" × ".join(map(str, shape)) for shape in (own, given))
+        raise ValueError(f"{source} is built for images of {own}, and the data's are {given}; give the data and the size that it was trained on")

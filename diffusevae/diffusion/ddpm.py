@@ -100,8 +100,7 @@ def bound(model, process, x0, cond=None, clip=True, discrete=True, every=1):
     A term is a call of the network, given in evaluation mode: at t = 0, and for each stretch of `every` after it, at a t drawn from it per image. Divide by
     log 2 for bits. `clip` and `discrete` as `bound_term`. ValueError for `every` below 1. Source: Ho et al. 2020, equation 5.
     """
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
+    at_least(1, every=every)
 
     def term(first, end):
         t = torch.randint(first, end, (len(x0),), device=x0.device)
@@ -157,8 +156,7 @@ def check_system(denoiser, process, weight="simple", times="uniform", label_drop
         raise ValueError(f"label_drop={label_drop} needs labels to drop; build the network with classes, or leave label_drop 0")
     if process.continuous and process.variance == "learned_range":
         raise ValueError("a learned variance belongs to the steps of one schedule, and continuous levels have none; choose a fixed variance")
-    wanted, got = process.outputs(denoiser.channels), getattr(denoiser, "outputs", denoiser.channels)
-    if wanted != got:
+    if (wanted := process.outputs(denoiser.channels)) != (got := getattr(denoiser, "outputs", denoiser.channels)):
         raise ValueError(f"with variance={process.variance!r} the denoiser must return {wanted} channels, not {got}; build it with outputs={wanted}")
 
 

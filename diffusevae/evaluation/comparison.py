@@ -144,7 +144,7 @@ def beats(spread, a, b, metric="fid"):
 def paired_ratio(spread, a, b, metric="fid", level=0.95):
     """How many times model `b`'s value model `a` has, seed by seed: (geometric mean, low, high) of Student's interval of the logarithms; NaNs as ends for one seed.
 
-    The seeds must stand in the same order in both. Raises ValueError for different numbers of seeds, or values that are not positive. Source: Student 1908.
+    The seeds must stand in the same order in both: one that either model lacks must be left out of both. Raises ValueError for different numbers of seeds, or values that are not positive. Source: Student 1908.
     """
     A, B = (spread[name][metric]["values"] for name in (a, b))
     if len(A) != len(B) or min(*A, *B) <= 0:
@@ -159,7 +159,10 @@ def with_interval(ratio):
     if ratio is None:
         return "–"
     mean, low, high = ratio
-    return f"{mean:.2f}" if math.isnan(low) else f"{mean:.2f} ({low:.2f} to {high:.2f})"
+    if math.isnan(low):
+        return f"{mean:.2f}"
+    digits = 3 if high - low < 0.05 else 2  # a narrow one would be rounded to nothing
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 # %% ../../nbs/1_evaluation/13_comparison.ipynb #13-comparison-31
 def ranking_figure(spread, metric="fid"):
