@@ -18,8 +18,8 @@ test: $(INSTALLED) ## run all notebooks, once more in a random order, then the t
 	@start=$$(date +%s); failed=; \
 	echo "notebooks in order"; $(BIN)/python .ci/notebooks.py test || failed="$$failed notebooks"; \
 	echo "notebooks in a random order"; $(BIN)/python .ci/notebooks.py test --random || failed="$$failed random-order"; \
-	echo "speed, with the machine for itself"; $(BIN)/python -m pytest tests/test_speed.py || failed="$$failed speed"; \
-	echo "whole runs, peers, faults, widgets"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_speed.py tests || failed="$$failed pytest"; \
+	echo "speed, with the machine for itself"; $(BIN)/python -m pytest tests/peers/test_speed.py || failed="$$failed speed"; \
+	echo "whole runs, peers, faults, widgets"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/peers/test_speed.py tests || failed="$$failed pytest"; \
 	$(TOOK)$${failed:+"; failed:$$failed"}; test -z "$$failed"
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks

@@ -30,6 +30,9 @@ setup(
     # the run notebooks and recipes are the package's data by this mapping: nbs/runs is their only copy
     packages=[*find_packages(include=["diffusevae", "diffusevae.*"]), "diffusevae.notebooks"],
     package_dir={"diffusevae.notebooks": "nbs/runs"},
-    package_data={"diffusevae": ["weights/*.safetensors", "weights/*.json", "weights/*.md"], "diffusevae.notebooks": ["*.ipynb", "recipes/*.yaml"]},
+    package_data={
+        "diffusevae": ["weights/*.safetensors", "weights/*.json", "weights/*.md"],
+        "diffusevae.notebooks": ["*.ipynb", "recipes/*.yaml"],
+    },
     zip_safe=False,
 )

@@ -60,8 +60,15 @@ async def execute(path, gate):
     async with gate:
         started = time.perf_counter()
         # the kernel would warn each time that its ports on this machine are not encrypted, which is what Jupyter does
-        client = NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-                                store_widget_state=False, coalesce_streams=True, extra_arguments=["--log-level=40"])  # fmt: skip
+        client = NotebookClient(
+            nb,
+            timeout=600,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(path.parent)}},
+            store_widget_state=False,
+            coalesce_streams=True,
+            extra_arguments=["--log-level=40"],
+        )
         try:
             await client.async_execute()
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
@@ -99,6 +106,36 @@ def export(paths, run):
     return failed
 
 
+# ---------------------------------------------------------------- renumber
+
+
+def renumber():
+    """Let the notebooks of each chapter count from 01 in the order that they have; returns the (old, new) paths.
+
+    To insert a lesson, give it a number between two others, as in `04a_name.ipynb`. Links to what was renamed follow in all
+    notebooks; nothing else knows a number.
+    """
+    renamed = []
+    for chapter in sorted(NBS.glob("[0-9]_*")):
+        for number, old in enumerate(sorted(chapter.glob("[0-9]*_*.ipynb")), start=1):
+            name = old.name.partition("_")[2]
+            new = chapter / f"{number:02d}_{name}"
+            if new != old:
+                renamed.append((old, new))
+    for old, _ in renamed:  # a name may be taken until its owner has moved too
+        old.rename(old.with_suffix(".moving"))
+    for old, new in renamed:
+        old.with_suffix(".moving").rename(new)
+    for path in NBS.rglob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        changed = text
+        for old, new in renamed:
+            changed = changed.replace(f"{old.parent.name}/{old.name}", f"{new.parent.name}/{new.name}")
+        if changed != text:
+            path.write_text(changed, encoding="utf-8")
+    return renamed
+
+
 # ---------------------------------------------------------------- readme
 
 
@@ -118,7 +155,9 @@ def readme():
     nb.cells = [c for c in nb.cells if c.cell_type != "raw" and not c.source.startswith("#| hide")]
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get("outputs"):
-        sys.exit("nbs/index.ipynb shows a picture as an output; put it into nbs/images and refer to it by a Markdown image")
+        sys.exit(
+            "nbs/index.ipynb shows a picture as an output; put it into nbs/images and refer to it by a Markdown image"
+        )
     text = re.sub(r"(\]\()([^)\s]+)(?=[)\s])", lambda m: m[1] + from_top(m[2]), text)
     text = re.sub(r'((?:src|href)=")([^"]+)(?=")', lambda m: m[1] + from_top(m[2]), text)
     body = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()
@@ -159,8 +198,16 @@ def test_in_order():
     "nbdev_test over all notebooks; their seconds, rounded up, and this machine's `slowness` go into `.seconds.json`, which tests/test_house.py reads."
     SECONDS.unlink(missing_ok=True)
     before = slowness()
-    command = [Path(sys.executable).parent / "nbdev_test", "--timing", "--do_print", "--n_workers", str(AT_A_TIME)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    command = [
+        Path(sys.executable).parent / "nbdev_test",
+        "--timing",
+        "--do_print",
+        "--n_workers",
+        str(AT_A_TIME),
+    ]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
     seconds = {}
     for line in child.stdout:
         print(line, end="", flush=True)
@@ -181,8 +228,12 @@ def test_shuffled(seed):
     paths = notebooks()
     random.Random(seed).shuffle(paths)
     print(f"random order, seed {seed} (again: .ci/notebooks.py test --random {seed})", flush=True)
-    with ProcessPoolExecutor(AT_A_TIME) as workers:  # a notebook replaces __main__ in its worker, so the task is nbdev's own function
-        results = workers.map(partial(test_nb, skip_flags=get_config().tst_flags.split(), basepath=ROOT), paths)
+    with ProcessPoolExecutor(
+        AT_A_TIME
+    ) as workers:  # a notebook replaces __main__ in its worker, so the task is nbdev's own function
+        results = workers.map(
+            partial(test_nb, skip_flags=get_config().tst_flags.split(), basepath=ROOT), paths
+        )
         failed = []
         for path, (ok, seconds) in zip(paths, results):
             print(f"{path.name}: {'' if ok else 'FAILED, '}{seconds:.1f} secs", flush=True)
@@ -198,22 +249,41 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(prog=".ci/notebooks.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("export", help="nbdev_export, execute, clean, README.md")
-    sub.add_argument("paths", nargs="*", type=lambda p: Path(p).resolve(), help="execute these notebooks only (default: all but nbs/runs)")
+    sub.add_argument(
+        "paths",
+        nargs="*",
+        type=lambda p: Path(p).resolve(),
+        help="execute these notebooks only (default: all but nbs/runs)",
+    )
     sub.add_argument("--no-execute", action="store_true", help="keep the outputs that the notebooks have")
+    commands.add_parser("renumber", help="let the notebooks of each chapter count from 01; then `export`")
     sub = commands.add_parser("readme", help="make README.md from nbs/index.ipynb")
     sub.add_argument("--check", action="store_true", help="write nothing; exit with 1 when it is stale")
     sub = commands.add_parser("test", help="nbdev_test of all notebooks")
-    sub.add_argument("--random", nargs="?", type=int, const=-1, metavar="SEED", help="in a random order instead, workers sharing state")
+    sub.add_argument(
+        "--random",
+        nargs="?",
+        type=int,
+        const=-1,
+        metavar="SEED",
+        help="in a random order instead, workers sharing state",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = arguments(argv)
     os.chdir(ROOT)
-    os.environ.update(THREADS, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    os.environ.update(
+        THREADS, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    )
     if args.command == "export":
         failed = export(args.paths, not args.no_execute)
         return f"failed: {', '.join(str(p.relative_to(ROOT)) for p in failed)}" if failed else 0
+    if args.command == "renumber":
+        for old, new in renumber():
+            print(f"{old.relative_to(ROOT)} -> {new.name}")
+        return 0
     if args.command == "readme" and args.check:
         return "README.md is stale; run `make export`, or .ci/notebooks.py readme" if stale() else 0
     if args.command == "readme":

@@ -9,9 +9,36 @@ from forks import forking
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 TINY = {
-    "train_vae": dict(steps=12, width=8, z_dim=4, batch_size=16, checkpoint_every=5, validate_every=6, log_every=2, device="cpu"),
-    "train_ddpm": dict(steps=12, width=16, T=20, batch_size=16, checkpoint_every=5, validate_every=6, log_every=2, device="cpu"),
-    "train_diffusevae": dict(steps=12, width=16, T=20, batch_size=16, checkpoint_every=5, validate_every=6, log_every=2, device="cpu"),
+    "train_vae": dict(
+        steps=12,
+        width=8,
+        z_dim=4,
+        batch_size=16,
+        checkpoint_every=5,
+        validate_every=6,
+        log_every=2,
+        device="cpu",
+    ),
+    "train_ddpm": dict(
+        steps=12,
+        width=16,
+        T=20,
+        batch_size=16,
+        checkpoint_every=5,
+        validate_every=6,
+        log_every=2,
+        device="cpu",
+    ),
+    "train_diffusevae": dict(
+        steps=12,
+        width=16,
+        T=20,
+        batch_size=16,
+        checkpoint_every=5,
+        validate_every=6,
+        log_every=2,
+        device="cpu",
+    ),
     "evaluate": dict(n=40, steps=3, batch_size=16, device="cpu"),
 }
 
@@ -35,7 +62,10 @@ def tiny_recipe(path):
     import json
 
     form = {i: {**TINY["train_diffusevae"], "vae": "$study/vae", "form": i} for i in (1, 2)}
-    models = {f"e_{m}": {**TINY["evaluate"], "model": f"$study/{m}", "samples": "$study/samples"} for m in ("vae", "ddpm", "form1", "form2")}
+    models = {
+        f"e_{m}": {**TINY["evaluate"], "model": f"$study/{m}", "samples": "$study/samples"}
+        for m in ("vae", "ddpm", "form1", "form2")
+    }
     baselines = {**TINY["evaluate"], "model": "baselines", "samples": "$study/samples"}
     parts = {**TINY, "form1": form[1], "form2": form[2], **models, "baselines": baselines}
     path.write_text(RECIPE.format(**{k: json.dumps(v) for k, v in parts.items()}))

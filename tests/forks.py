@@ -11,8 +11,19 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 
-LIBRARIES = ("IPython", "ipykernel.kernelapp", "ipywidgets", "matplotlib.backends.backend_agg", "matplotlib.figure", "sklearn.datasets", "sklearn.mixture",
-             "scipy.stats", "torch._dynamo", "torchmetrics.image.fid", "torch.utils.tensorboard")  # fmt: skip
+LIBRARIES = (
+    "IPython",
+    "ipykernel.kernelapp",
+    "ipywidgets",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "sklearn.datasets",
+    "sklearn.mixture",
+    "scipy.stats",
+    "torch._dynamo",
+    "torchmetrics.image.fid",
+    "torch.utils.tensorboard",
+)
 HERE = "127.0.0.1"
 
 
@@ -75,7 +86,15 @@ def running(*arguments, **how):
 def forking(home, name, **how):
     "While the block lasts, kernels called `name` are forks, for whoever has the folder `home` in JUPYTER_PATH; `how` goes to the process that forks."
     with socket.create_server((HERE, 0)) as door:
-        argv = [sys.executable, "-IS", __file__, "kernel", str(door.getsockname()[1]), "-f", "{connection_file}"]
+        argv = [
+            sys.executable,
+            "-IS",
+            __file__,
+            "kernel",
+            str(door.getsockname()[1]),
+            "-f",
+            "{connection_file}",
+        ]
         (spec := home / "kernels" / name / "kernel.json").parent.mkdir(parents=True)
         spec.write_text(json.dumps({"argv": argv, "display_name": f"Python 3, {name}", "language": "python"}))
         with running(__file__, "serve", str(door.fileno()), pass_fds=[door.fileno()], **how):
