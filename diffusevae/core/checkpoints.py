@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['moved_classes', 'shipped_weights', 'whole_file', 'write_json', 'save_tensors', 'load_tensors', 'configured', 'build',
-           'restore', 'optimizer_tensors', 'restore_optimizers', 'save_training', 'restore_training', 'save_system',
-           'load_system', 'pretrained', 'find_system', 'image_shape', 'check_fits']
+           'with_arguments', 'mismatches', 'restore', 'optimizer_tensors', 'restore_optimizers', 'save_training',
+           'restore_training', 'save_system', 'load_system', 'pretrained', 'find_system', 'image_shape', 'check_fits']
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-04
 import functools
@@ -164,21 +164,34 @@ def build(config):
             f"the config does not fit this version of the package ({e}); use the version that wrote it"
         ) from e
 
+
+def with_arguments(config, **arguments):
+    """`config` with other `arguments`, modules given as themselves: what a twin with another part says of itself.
+
+    Raises ValueError for an argument that its class does not take.
+    """
+    if unknown := sorted(set(arguments) - set(config["arguments"])):
+        raise ValueError(f"{config['class'].rpartition('.')[2]} takes no {', '.join(unknown)}")
+    described = {name: _describe(value) for name, value in arguments.items()}
+    return {**config, "arguments": {**config["arguments"], **described}}
+
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-32
+def mismatches(own, tensors):
+    "What keeps `tensors` from taking the place of `own`, both by name: a sentence for each missing, unknown or differently shaped one."
+    wrong = [f"{name} is missing" for name in own if name not in tensors]
+    wrong += [f"{name} is unknown" for name in tensors if name not in own]
+    for name, tensor in own.items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+    return wrong
+
+
 def restore(system, tensors, source="the checkpoint"):
     """Load `tensors` into `system`, every name and shape matching; returns `system`.
 
     Raises ValueError that names the first differences when the checkpoint is of another architecture.
     """
-    own = system.state_dict()
-    wrong = [f"{k} is missing" for k in own if k not in tensors] + [
-        f"{k} is unknown" for k in tensors if k not in own
-    ]
-    wrong += [
-        f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
+    wrong = mismatches(system.state_dict(), tensors)
     if wrong:
         raise ValueError(
             f"{source} is of another architecture: {'; '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'parameter_kinds', 'notebooks_folder', 'find_notebook', 'parameters_of', 'parameter_named',
-           'checked_parameters', 'choice', 'at_least', 'parse_parameter', 'parameters_given_in']
+           'checked_parameters', 'choice', 'positive', 'at_least', 'parse_parameter', 'parameters_given_in']
 
 # %% ../../nbs/1_core/12_parameters.ipynb #parameters-03
 import ast
@@ -105,6 +105,13 @@ def choice(name, value, options):
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(str, options))}; got {value!r}")
     return options[value] if isinstance(options, dict) else value
+
+
+def positive(**values):
+    "Raises ValueError, with its name, for a value that is not a finite number above 0."
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def at_least(least, **values):

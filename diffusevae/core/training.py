@@ -24,7 +24,6 @@ from diffusevae.core.devices import (
     pick_compile,
     pick_device,
     pick_precision,
-    placed,
     precisions,
 )
 from .ema import averages_of, save_snapshot
@@ -207,9 +206,7 @@ class Trainer:
     def __init__(self, system, images, settings, run_dir):
         self.settings, self.run_dir, self.device = settings, Path(run_dir), pick_device(settings.device)
         self.system, self.last = system.to(self.device), self.run_dir / "last.safetensors"
-        self.training, self.validation = split(
-            placed(images, self.device), settings.validation, settings.seed
-        )
+        self.training, self.validation = split(images.to(self.device), settings.validation, settings.seed)
         self.parameters = [p for p in system.parameters() if p.requires_grad]
         self.averages = averages_of(self.parameters, settings.ema, settings.ema_snapshots > 0)
         self.ema, self.optimizers = self.averages["ema"], optimizers_of(system, settings)

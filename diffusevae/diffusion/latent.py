@@ -8,13 +8,14 @@ __all__ = ['check_latent_denoiser', 'LatentSet', 'encode_all', 'tensors_hash', '
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-03
 import hashlib
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..autoencoders.vqvae import known_scale
 from ..core.checkpoints import configured, load_tensors, save_tensors
+from ..core.pixels import Rows
 from .ddpm import DDPM
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-08
@@ -37,7 +38,7 @@ def check_latent_denoiser(stage, denoiser=None):
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-11
 @dataclass(frozen=True)
-class LatentSet:
+class LatentSet(Rows):
     """Latents `x`, float32 `(N, c, h, w)` as `to_latent` gives them, with what is known of the images: labels int64 `(N,)` or None, the classes' names, attributes or None.
 
     What a latent model trains on in place of an ImageSet; it cannot be mirrored. Raises ValueError for another type or shape, or parts of another length.
@@ -55,16 +56,7 @@ class LatentSet:
             raise ValueError(
                 f"latents must be float32 (N, c, h, w), got {self.x.dtype} {tuple(self.x.shape)}; make them by encode_all"
             )
-        if any(v is not None and len(v) != len(self.x) for v in (self.labels, self.attributes)):
-            raise ValueError(f"labels and attributes must have one row for each of the {len(self.x)} latents")
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        "The latents of a slice, a mask, an index tensor or one number, with what is known of them, as a `LatentSet`."
-        i = [i] if isinstance(i, int) else i
-        return replace(self, **{k: v[i] for k, v in vars(self).items() if torch.is_tensor(v)})
+        self._check_lengths()
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-14
 @torch.no_grad()
