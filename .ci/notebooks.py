@@ -1,4 +1,7 @@
-"""What is done to all notebooks: export, execute, clean, README (`export`, `readme`) and test (`test`). Needs the `dev` extra, no Quarto."""
+"""What is done to all notebooks: export, execute, clean, README (`export`, `readme`), renumber and test.
+
+Needs the `dev` extra, no Quarto.
+"""
 
 import argparse
 import asyncio
@@ -18,7 +21,8 @@ NBS, README, SECONDS = ROOT / "nbs", ROOT / "README.md", ROOT / ".seconds.json"
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 AT_A_TIME = 2
-REFERENCE = 0.64  # seconds that `yardstick` takes where the limits were set: a training step of the demo takes 0.11 s there
+# seconds that `yardstick` takes where the limits were set: a training step of the demo takes 0.11 s there
+REFERENCE = 0.64
 
 
 def notebooks():
@@ -39,7 +43,7 @@ def front_matter(cells):
 
 
 def settle(nb):
-    "Outputs as they are committed: no live widgets (the static picture stands beside each), no noise of stderr."
+    "Outputs as they are committed: no live widgets, beside which a static picture stands, and no stderr."
     for cell in nb.cells:
         if cell.cell_type == "code":
             kept = [o for o in cell.outputs if WIDGET not in o.get("data", {}) and o.get("name") != "stderr"]
@@ -47,7 +51,7 @@ def settle(nb):
 
 
 async def execute(path, gate):
-    "Run a notebook in a kernel of its own, in its own folder, and write it with its outputs; False when a cell failed."
+    "Run a notebook in a kernel of its own and write it with its outputs; False when a cell failed."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -59,7 +63,7 @@ async def execute(path, gate):
         return True
     async with gate:
         started = time.perf_counter()
-        # the kernel would warn each time that its ports on this machine are not encrypted, which is what Jupyter does
+        # log level: the kernel would warn each time that its ports here are not encrypted, as Jupyter's are
         client = NotebookClient(
             nb,
             timeout=600,
@@ -110,10 +114,10 @@ def export(paths, run):
 
 
 def renumber():
-    """Let the notebooks of each chapter count from 01 in the order that they have; returns the (old, new) paths.
+    """Let the notebooks of each chapter count from 01 in their order; returns the (old, new) paths.
 
-    To insert a lesson, give it a number between two others, as in `04a_name.ipynb`. Links to what was renamed follow in all
-    notebooks; nothing else knows a number.
+    To insert a lesson, give it a number between two others, as in `04a_name.ipynb`. Links in all
+    notebooks follow; nothing else knows a number.
     """
     renamed = []
     for chapter in sorted(NBS.glob("[0-9]_*")):
@@ -156,7 +160,7 @@ def readme():
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get("outputs"):
         sys.exit(
-            "nbs/index.ipynb shows a picture as an output; put it into nbs/images and refer to it by a Markdown image"
+            "nbs/index.ipynb shows a picture as an output; put it into nbs/images and refer to it in Markdown"
         )
     text = re.sub(r"(\]\()([^)\s]+)(?=[)\s])", lambda m: m[1] + from_top(m[2]), text)
     text = re.sub(r'((?:src|href)=")([^"]+)(?=")', lambda m: m[1] + from_top(m[2]), text)
@@ -173,7 +177,7 @@ def stale():
 
 
 def yardstick(_=None):
-    "Seconds of a fixed piece of work, like that of the lessons: steps of a small convolutional network on one thread."
+    "Seconds of a fixed piece of work like the lessons': steps of a small network on one thread."
     import torch
 
     torch.set_num_threads(1)
@@ -188,26 +192,24 @@ def yardstick(_=None):
 
 
 def slowness():
-    "How much slower than the machine that the limits were set on (REFERENCE seconds) this one is with all workers busy; at least 1."
+    "How many times slower this machine, with all workers busy, is than the one of the limits; at least 1."
     with ProcessPoolExecutor(AT_A_TIME) as workers:
         measured = [max(workers.map(yardstick, range(AT_A_TIME))) for _ in range(3)]
     return max(1.0, min(measured) / REFERENCE)
 
 
 def test_in_order():
-    "nbdev_test over all notebooks; their seconds, rounded up, and this machine's `slowness` go into `.seconds.json`, which tests/test_house.py reads."
+    """nbdev_test over all notebooks; did they pass?
+
+    Their seconds, rounded up, and this machine's `slowness` go into `.seconds.json`, which
+    tests/house/test_house.py reads.
+    """
     SECONDS.unlink(missing_ok=True)
     before = slowness()
-    command = [
-        Path(sys.executable).parent / "nbdev_test",
-        "--timing",
-        "--do_print",
-        "--n_workers",
-        str(AT_A_TIME),
-    ]
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    )
+    nbdev_test = Path(sys.executable).parent / "nbdev_test"
+    command = [nbdev_test, "--timing", "--do_print", "--n_workers", str(AT_A_TIME)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     seconds = {}
     for line in child.stdout:
         print(line, end="", flush=True)
@@ -228,16 +230,14 @@ def test_shuffled(seed):
     paths = notebooks()
     random.Random(seed).shuffle(paths)
     print(f"random order, seed {seed} (again: .ci/notebooks.py test --random {seed})", flush=True)
-    with ProcessPoolExecutor(
-        AT_A_TIME
-    ) as workers:  # a notebook replaces __main__ in its worker, so the task is nbdev's own function
-        results = workers.map(
-            partial(test_nb, skip_flags=get_config().tst_flags.split(), basepath=ROOT), paths
-        )
-        failed = []
-        for path, (ok, seconds) in zip(paths, results):
+    # a notebook replaces __main__ in its worker, so the task must be nbdev's own function
+    task = partial(test_nb, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    failed = []
+    with ProcessPoolExecutor(AT_A_TIME) as workers:
+        for path, (ok, seconds) in zip(paths, workers.map(task, paths)):
             print(f"{path.name}: {'' if ok else 'FAILED, '}{seconds:.1f} secs", flush=True)
-            failed += [] if ok else [path.name]
+            if not ok:
+                failed.append(path.name)
     print(f"failed: {', '.join(failed)}" if failed else "Success.", flush=True)
     return not failed
 
@@ -245,51 +245,65 @@ def test_shuffled(seed):
 # ---------------------------------------------------------------- command line
 
 
-def arguments(argv=None):
-    parser = argparse.ArgumentParser(prog=".ci/notebooks.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("export", help="nbdev_export, execute, clean, README.md")
-    sub.add_argument(
-        "paths",
-        nargs="*",
-        type=lambda p: Path(p).resolve(),
-        help="execute these notebooks only (default: all but nbs/runs)",
+def parser():
+    "The commands; each sets the function that serves it, as `serve`."
+    top = argparse.ArgumentParser(prog=".ci/notebooks.py", description=__doc__)
+    commands = top.add_subparsers(required=True)
+
+    command = commands.add_parser("export", help="nbdev_export, execute, clean, README.md")
+    command.add_argument("paths", nargs="*", type=Path, help="execute these only (default: all but nbs/runs)")
+    command.add_argument("--no-execute", action="store_true", help="keep the outputs that the notebooks have")
+    command.set_defaults(serve=serve_export)
+
+    command = commands.add_parser(
+        "renumber", help="let the notebooks of each chapter count from 01; then `export`"
     )
-    sub.add_argument("--no-execute", action="store_true", help="keep the outputs that the notebooks have")
-    commands.add_parser("renumber", help="let the notebooks of each chapter count from 01; then `export`")
-    sub = commands.add_parser("readme", help="make README.md from nbs/index.ipynb")
-    sub.add_argument("--check", action="store_true", help="write nothing; exit with 1 when it is stale")
-    sub = commands.add_parser("test", help="nbdev_test of all notebooks")
-    sub.add_argument(
-        "--random",
-        nargs="?",
-        type=int,
-        const=-1,
-        metavar="SEED",
-        help="in a random order instead, workers sharing state",
-    )
-    return parser.parse_args(argv)
+    command.set_defaults(serve=serve_renumber)
+
+    command = commands.add_parser("readme", help="make README.md from nbs/index.ipynb")
+    command.add_argument("--check", action="store_true", help="write nothing; exit with 1 when it is stale")
+    command.set_defaults(serve=serve_readme)
+
+    command = commands.add_parser("test", help="nbdev_test of all notebooks")
+    random_help = "in a random order instead, workers sharing state"
+    command.add_argument("--random", nargs="?", type=int, const=-1, metavar="SEED", help=random_help)
+    command.set_defaults(serve=serve_test)
+    return top
+
+
+def serve_export(options):
+    failed = export([path.resolve() for path in options.paths], not options.no_execute)
+    names = ", ".join(str(path.relative_to(ROOT)) for path in failed)
+    return f"failed: {names}" if failed else 0
+
+
+def serve_renumber(options):
+    for old, new in renumber():
+        print(f"{old.relative_to(ROOT)} -> {new.name}")
+    return 0
+
+
+def serve_readme(options):
+    if options.check:
+        return "README.md is stale; run `make export`, or .ci/notebooks.py readme" if stale() else 0
+    README.write_text(readme(), encoding="utf-8")
+    return 0
+
+
+def serve_test(options):
+    if options.random is None:
+        return 0 if test_in_order() else 1
+    seed = random.randrange(10_000) if options.random == -1 else options.random
+    return 0 if test_shuffled(seed) else 1
 
 
 def main(argv=None):
-    args = arguments(argv)
+    "Serve a command line; returns what `sys.exit` takes."
+    options = parser().parse_args(argv)
     os.chdir(ROOT)
-    os.environ.update(
-        THREADS, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    )
-    if args.command == "export":
-        failed = export(args.paths, not args.no_execute)
-        return f"failed: {', '.join(str(p.relative_to(ROOT)) for p in failed)}" if failed else 0
-    if args.command == "renumber":
-        for old, new in renumber():
-            print(f"{old.relative_to(ROOT)} -> {new.name}")
-        return 0
-    if args.command == "readme" and args.check:
-        return "README.md is stale; run `make export`, or .ci/notebooks.py readme" if stale() else 0
-    if args.command == "readme":
-        return README.write_text(readme(), encoding="utf-8") and 0
-    seed = random.randrange(10_000) if args.random == -1 else args.random
-    return int(not (test_in_order() if seed is None else test_shuffled(seed)))
+    here = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    os.environ.update(THREADS, PYTHONPATH=os.pathsep.join(here))
+    return options.serve(options)
 
 
 if __name__ == "__main__":

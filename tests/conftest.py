@@ -89,7 +89,7 @@ def tiny_study(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("study {with braces}")
     recipe = tiny_recipe(place / "tiny.yaml")
-    for _ in runs.study(recipe, place / "out"):
+    for _ in runs.run_study(recipe, place / "out"):
         pass
     return place / "out"
 

@@ -14,104 +14,137 @@ from torch import nn
 from torch.distributions import Independent, Normal
 
 from ..core.checkpoints import configured
+from ..core.parameters import positive
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-06
 def independent_normal(mean, std, dims=1):
-    "The normal distribution with independent coordinates over the last `dims` axes of `mean`; the axes before them are the batch."
+    "The normal distribution with independent coordinates over the last `dims` axes of `mean`."
     return Independent(Normal(mean, std, validate_args=False), dims, validate_args=False)
 
 
 def normal_from_parameters(parameters, least=-20.0, most=10.0):
-    "Mean and log-variance side by side, `(B, 2c, …)`, as a `independent_normal` over `(c, …)`; log-variances are clamped to [least, most], so that no exponential overflows."
+    """The normal distribution of codes `(c, …)`, its mean and log-variance given side by side, `(B, 2c, …)`.
+
+    Log-variances are clamped to [`least`, `most`], so that no exponential overflows.
+    """
     mean, logvar = parameters.chunk(2, dim=1)
-    return independent_normal(mean, (logvar.clamp(least, most) / 2).exp(), dims=mean.ndim - 1)
+    std = (logvar.clamp(least, most) / 2).exp()
+    return independent_normal(mean, std, dims=mean.ndim - 1)
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-09
-def _pair(x_hat, x):
-    "x̂ and x flat, `(B, D)`, in float32 at least: sums over pixels need it. ValueError for shapes that differ, which torch would broadcast."
+def _flat_pair(x_hat, x):
+    """x̂ and x as `(B, D)`, in float32 at least: sums over many pixels need it.
+
+    Raises: ValueError for shapes that differ, which torch would broadcast.
+    """
     if x_hat.shape != x.shape or x.ndim < 2:
         raise ValueError(
             f"x̂ and x must be batches of one shape, got {tuple(x_hat.shape)} and {tuple(x.shape)}"
         )
-    return (v.flatten(1).to(torch.promote_types(v.dtype, torch.float32)) for v in (x_hat, x))
+    return _flat_float(x_hat), _flat_float(x)
 
 
-def _positive(**named):
-    "The one argument given by name, if it is a positive finite number; else ValueError."
-    ((name, value),) = named.items()
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return value
+def _flat_float(images):
+    return images.flatten(1).to(torch.promote_types(images.dtype, torch.float32))
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-10
 @configured
 class Gaussian(nn.Module):
-    "N(x̂, sigma² I) on images in [-1, 1], a density. Raises ValueError for a sigma that is not positive. Source: Kingma and Welling 2014, appendix C.2."
+    """N(x̂, sigma² I) on images in [-1, 1], a density.
+
+    Raises: ValueError for a sigma that is not a finite number above 0.
+    Source: Kingma and Welling 2014, appendix C.2.
+    """
 
     discrete = False
 
     def __init__(self, sigma=1.0):
         super().__init__()
-        self.sigma = _positive(sigma=sigma)
+        positive(sigma=sigma)
+        self.sigma = sigma
 
     def forward(self, x_hat, x):
-        "log p(x | x̂) in nats, summed over pixels and channels, `(B,)`, for images `(B, C, H, W)`. Raises ValueError for shapes that differ."
-        x_hat, x = _pair(x_hat, x)
+        """log p(x | x̂) in nats, summed over pixels and channels, `(B,)`, for images `(B, C, H, W)`.
+
+        Raises: ValueError for shapes that differ.
+        """
+        x_hat, x = _flat_pair(x_hat, x)
         return independent_normal(x_hat, self.sigma).log_prob(x)
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-15
 @configured
 class Bernoulli(nn.Module):
-    """Each pixel is white with probability (x̂ + 1)/2, a mass on black-and-white images. Source: Kingma and Welling 2014, appendix C.1.
+    """Each pixel is white with probability (x̂ + 1)/2: a mass on black-and-white images.
 
-    On grey pixels it is the cross-entropy, which is no normalised density. Probabilities stay `least` from 0 and 1, so that a pixel costs 14 nats at most.
+    On grey pixels it is the cross-entropy, which is no normalised density. Probabilities stay `least` from
+    0 and 1, so that a pixel costs 14 nats at most.
+
+    Source: Kingma and Welling 2014, appendix C.1.
     """
 
-    discrete, least = True, 1e-6
+    discrete = True
+    least = 1e-6
 
     def __init__(self):
         super().__init__()  # nn.Module's own takes any arguments, and `configured` would write them down
 
     def forward(self, x_hat, x):
-        "log p(x | x̂) in nats, summed over pixels and channels, `(B,)`, for images in [-1, 1]. Raises ValueError for shapes that differ."
-        p, target = ((v + 1) / 2 for v in _pair(x_hat, x))
-        return -F.binary_cross_entropy(
-            p.clamp(self.least, 1 - self.least), target.clamp(0, 1), reduction="none"
-        ).sum(1)
+        """log p(x | x̂) in nats, summed over pixels and channels, `(B,)`, for images `(B, C, H, W)`.
+
+        Raises: ValueError for shapes that differ.
+        """
+        x_hat, x = _flat_pair(x_hat, x)
+        p = ((x_hat + 1) / 2).clamp(self.least, 1 - self.least)
+        target = ((x + 1) / 2).clamp(0, 1)
+        return -F.binary_cross_entropy(p, target, reduction="none").sum(1)
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-20
 @configured
 class DiscretisedLogistic(nn.Module):
-    """Masses on the 256 levels of a byte: what a logistic distribution around x̂ puts into the bin of each, the outer two bins open.
+    """Masses on the 256 levels of a byte: what a logistic distribution around x̂ puts into the bin of each.
 
-    `scale` is the logistic's, on [-1, 1]. Raises ValueError for one that is not positive. Source: Salimans et al. 2017, equation 2, with one component.
+    The outer two bins are open. `scale` is the logistic's, on [-1, 1].
+
+    Raises: ValueError for a scale that is not a finite number above 0.
+    Source: Salimans et al. 2017, equation 2, with one component.
     """
 
     discrete = True
 
     def __init__(self, scale=0.1):
         super().__init__()
-        self.scale = _positive(scale=scale)
+        positive(scale=scale)
+        self.scale = scale
 
     def forward(self, x_hat, x):
-        "log p(x | x̂) in nats, summed over pixels and channels, `(B,)`, for images of bytes as floats in [-1, 1]. Raises ValueError for shapes that differ."
-        x_hat, x = _pair(x_hat, x)
-        above, below = (x + 1 / 255 - x_hat) / self.scale, (x - 1 / 255 - x_hat) / self.scale
-        darkest, brightest = x < -1 + 1 / 255, x > 1 - 1 / 255
-        # σ(a) − σ(b) = σ(a) σ(−b) (1 − exp(b − a)): no difference of nearly equal numbers, so nothing under- or overflows
-        log_mass = torch.where(brightest, 0, F.logsigmoid(above)) + torch.where(
-            darkest, 0, F.logsigmoid(-below)
-        )
-        width = math.log(-math.expm1(-2 / 255 / self.scale))
-        return torch.where(darkest | brightest, log_mass, log_mass + width).sum(1)
+        """log p(x | x̂) in nats, summed over pixels and channels, `(B,)`; x are bytes as floats in [-1, 1].
+
+        Raises: ValueError for shapes that differ.
+        """
+        x_hat, x = _flat_pair(x_hat, x)
+        half_bin = 1 / 255
+        a = (x + half_bin - x_hat) / self.scale  # the upper edge of the bin of x
+        b = (x - half_bin - x_hat) / self.scale  # the lower one
+        darkest = x < -1 + half_bin
+        brightest = x > 1 - half_bin
+        # S(a) − S(b) = S(a) S(−b) (1 − exp(b − a)): no difference of nearly equal numbers
+        log_S_a = torch.where(brightest, 0, F.logsigmoid(a))
+        log_S_minus_b = torch.where(darkest, 0, F.logsigmoid(-b))
+        log_gap = math.log(-math.expm1(-2 / 255 / self.scale))  # log(1 − exp(b − a)), the same for all
+        log_mass = log_S_a + log_S_minus_b
+        return torch.where(darkest | brightest, log_mass, log_mass + log_gap).sum(1)
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-25
 def bits_per_dim(nats, dims, discrete=False):
-    """Nats of log p, a number or a tensor, as bits for each of `dims` pixels times channels: the length of a code for images of bytes.
+    """Nats of log p, a number or a tensor, as bits for each of `dims` pixels times channels. Lower is better.
 
-    A density on [-1, 1] becomes the mass of a level by the width of its bin, 2/255; `discrete` ones are masses already. Lower is better.
-    Raises ValueError for `dims` below 1. Source: Theis et al. 2016, section 3.1.
+    It is the length of a code for images of bytes. A density on [-1, 1] becomes the mass of a level by the
+    width of its bin, 2/255; `discrete` ones are masses already.
+
+    Raises: ValueError for `dims` below 1.
+    Source: Theis et al. 2016, section 3.1.
     """
     if dims < 1:
         raise ValueError(f"dims must be the number of pixels times channels, at least 1, got {dims}")
-    return -(nats / dims + (0.0 if discrete else math.log(2 / 255))) / math.log(2)
+    log_bin = 0.0 if discrete else math.log(2 / 255)
+    return -(nats / dims + log_bin) / math.log(2)

@@ -27,7 +27,11 @@ from .devices import pick_device
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-07
 @contextmanager
 def whole_file(path):
-    "A temporary path beside `path` to write to; it takes `path`'s place at the end, or vanishes on an error. Raises OSError that names `path`."
+    """A temporary path to write to, which takes the place of `path` at the end, or vanishes on an error.
+
+    It lies in the same folder.
+    Raises: OSError that names `path` where it cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -37,9 +41,10 @@ def whole_file(path):
             os.fsync(f.fileno())  # or a power cut could leave the new name with no content
         os.replace(temporary, path)
     except OSError as e:
+        reason = e.strerror or e
         raise OSError(
             e.errno,
-            f"cannot write {path}: {e.strerror or e}; free space or choose a folder that can be written",
+            f"cannot write {path}: {reason}; free space or choose a folder that can be written",
         ) from e
     finally:
         with suppress(OSError):  # it is gone already if all went well
@@ -47,7 +52,10 @@ def whole_file(path):
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-13
 def write_json(path, value):
-    "Write `value` as JSON to `path`, whole or not at all. Raises TypeError for what JSON cannot say, OSError as `whole_file`."
+    """Write `value` as JSON to `path`, whole or not at all.
+
+    Raises: TypeError for what JSON cannot say, OSError where `path` cannot be written.
+    """
     text = json.dumps(value, indent=1, ensure_ascii=False)
     with whole_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -56,13 +64,13 @@ def write_json(path, value):
 def save_tensors(path, tensors, info):
     """Write named `tensors` and the JSON value `info` as one safetensors file, whole or not at all.
 
-    Raises TypeError for an `info` that JSON cannot say, OSError as `whole_file`.
+    Raises: TypeError for an `info` that JSON cannot say, OSError where `path` cannot be written.
     """
     # copies: safetensors takes neither strided tensors nor two names for one memory (tied weights)
-    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    tensors = {name: v.detach().to("cpu", copy=True).contiguous() for name, v in tensors.items()}
     metadata = {"info": json.dumps(info)}
     with whole_file(path) as temporary:
-        temporary.touch()  # with the permissions that a new file has here; safetensors would let nobody else read it
+        temporary.touch()  # with the permissions of any new file; safetensors would let nobody else read it
         mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -72,11 +80,14 @@ def save_tensors(path, tensors, info):
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-17
 def load_tensors(path, device="cpu", only=None):
-    """Read what `save_tensors` wrote: `(tensors, info)`, the tensors on `device`; `only` those of some names, () for the info alone.
+    """Read what `save_tensors` wrote: `(tensors, info)`, the tensors by name and on `device`.
 
-    Raises FileNotFoundError for a missing file and ValueError for a truncated or foreign one. Runs none of the file's code.
+    `only` gives the names of those that are wanted: () for the info alone, None for all.
+    It runs none of the file's code.
+    Raises: FileNotFoundError for a missing file, ValueError for a truncated or foreign one.
     """
-    path, device = Path(path), pick_device(device)
+    path = Path(path)
+    device = pick_device(device)
     if not path.is_file():
         raise FileNotFoundError(
             f"no checkpoint at {path}; train first, or give the path of a .safetensors file"
@@ -84,15 +95,28 @@ def load_tensors(path, device="cpu", only=None):
     try:
         with safe_open(path, "pt") as f:
             names = f.keys() if only is None else only
-            return {k: f.get_tensor(k).to(device) for k in names}, json.loads((f.metadata() or {})["info"])
+            tensors = {name: f.get_tensor(name).to(device) for name in names}
+            metadata = f.metadata() or {}
+        info = json.loads(metadata["info"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(
-            f"{path} is truncated or no checkpoint of this kit ({e}); use last.safetensors or best.safetensors of a run"
+            f"{path} is truncated or no checkpoint of this kit ({e}); "
+            "use last.safetensors or best.safetensors of a run"
         ) from e
+    return tensors, info
+
+# %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-save-load
+# Beside the name of the module these two read well: checkpoints.save, checkpoints.load. They are no public
+# names of the package (exporti keeps them out of `__all__`), since its `load` is that of images.
+save = save_tensors
+load = load_tensors
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-25
 def _describe(value):
-    "A module becomes its `config`, a tensor or a tuple a list; everything else must be JSON already. TypeError for a module without config."
+    """A module becomes its `config`, a tensor or a tuple a list; everything else must be JSON already.
+
+    Raises: TypeError for a module without config.
+    """
     if isinstance(value, nn.Module):
         if not hasattr(value, "config"):
             raise TypeError(
@@ -105,15 +129,22 @@ def _describe(value):
 
 
 def _config(instance, bound):
-    "What `build` needs: the instance's class by name, and the arguments of its call with the defaults filled in."
+    "What `build` needs: the class by name, and the arguments of its call with the defaults filled in."
     bound.apply_defaults()
-    arguments = {k: _describe(v) for k, v in list(bound.arguments.items())[1:]}  # without self
-    return {"class": f"{type(instance).__module__}.{type(instance).__qualname__}", "arguments": arguments}
+    _, *given = bound.arguments.items()  # without self
+    return {
+        "class": f"{type(instance).__module__}.{type(instance).__qualname__}",
+        "arguments": {name: _describe(value) for name, value in given},
+    }
 
 
 def configured(cls):
-    "Class decorator: instances get `config`, the dict that `build` makes an equal, untrained one from. A subclass with its own `__init__` needs it too."
-    init, signature = cls.__init__, inspect.signature(cls.__init__)
+    """Class decorator: instances get `config`, the dict that `build` makes an equal, untrained one from.
+
+    A subclass with its own `__init__` needs the decorator too.
+    """
+    init = cls.__init__
+    signature = inspect.signature(init)
 
     @functools.wraps(init)
     def __init__(self, *args, **kwargs):
@@ -137,7 +168,10 @@ moved_classes = {  # where a class stood when a checkpoint was written: where it
 
 
 def _class_of(name):
-    "The module class that a config names. ValueError for anything but a network class that this package defines."
+    """The module class that a config names, or that has moved from there.
+
+    Raises: ValueError for anything but a network class that this package defines.
+    """
     name = moved_classes.get(name, name)
     module, _, attribute = name.rpartition(".")
     if module.split(".")[0] != "diffusevae":
@@ -148,128 +182,183 @@ def _class_of(name):
     return cls
 
 
-def _revive(value):
+def _argument(value):
     "An argument as it was: configs become modules, also within lists."
     if isinstance(value, list):
-        return [_revive(v) for v in value]
-    return build(value) if isinstance(value, dict) and "class" in value else value
+        return [_argument(v) for v in value]
+    if isinstance(value, dict) and "class" in value:
+        return build(value)
+    return value
 
 
 def build(config):
-    "The untrained module that `config` describes. Raises ValueError for classes from elsewhere or arguments that do not fit."
+    """The untrained module that `config` describes.
+
+    Raises: ValueError for classes from elsewhere, or arguments that do not fit.
+    """
     try:
-        return _class_of(config["class"])(**{k: _revive(v) for k, v in config["arguments"].items()})
+        cls = _class_of(config["class"])
+        arguments = {name: _argument(value) for name, value in config["arguments"].items()}
+        return cls(**arguments)
     except (TypeError, KeyError, AttributeError, ImportError) as e:
         raise ValueError(
             f"the config does not fit this version of the package ({e}); use the version that wrote it"
         ) from e
 
-
+# %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-with-arguments
 def with_arguments(config, **arguments):
-    """`config` with other `arguments`, modules given as themselves: what a twin with another part says of itself.
+    """`config` with other `arguments`, modules given as themselves: the config of a twin with another part.
 
-    Raises ValueError for an argument that its class does not take.
+    Raises: ValueError for an argument that the class of `config` does not take.
     """
-    if unknown := sorted(set(arguments) - set(config["arguments"])):
-        raise ValueError(f"{config['class'].rpartition('.')[2]} takes no {', '.join(unknown)}")
+    unknown = sorted(set(arguments) - set(config["arguments"]))
+    if unknown:
+        name = config["class"].rpartition(".")[2]
+        raise ValueError(f"{name} takes no {', '.join(unknown)}")
     described = {name: _describe(value) for name, value in arguments.items()}
     return {**config, "arguments": {**config["arguments"], **described}}
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-32
 def mismatches(own, tensors):
-    "What keeps `tensors` from taking the place of `own`, both by name: a sentence for each missing, unknown or differently shaped one."
-    wrong = [f"{name} is missing" for name in own if name not in tensors]
-    wrong += [f"{name} is unknown" for name in tensors if name not in own]
+    """What keeps `tensors` from taking the place of `own`, both dicts by name: a list of sentences.
+
+    There is one for each tensor that is missing, unknown or differently shaped, and none if all fit.
+    """
+    missing = [f"{name} is missing" for name in own if name not in tensors]
+    unknown = [f"{name} is unknown" for name in tensors if name not in own]
+    reshaped = []
     for name, tensor in own.items():
         if name in tensors and tensors[name].shape != tensor.shape:
-            wrong.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
-    return wrong
+            reshaped.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}")
+    return missing + unknown + reshaped
 
 
 def restore(system, tensors, source="the checkpoint"):
     """Load `tensors` into `system`, every name and shape matching; returns `system`.
 
-    Raises ValueError that names the first differences when the checkpoint is of another architecture.
+    Raises: ValueError that names the first differences where the checkpoint is of another architecture.
     """
     wrong = mismatches(system.state_dict(), tensors)
     if wrong:
-        raise ValueError(
-            f"{source} is of another architecture: {'; '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}"
-        )
+        more = " …" if len(wrong) > 3 else ""
+        raise ValueError(f"{source} is of another architecture: {'; '.join(wrong[:3])}{more}")
     system.load_state_dict(tensors)
     return system
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-35
 def optimizer_tensors(optimizers):
     "What a list of optimizers remembers, by name: `optimizer.N.I.WHAT` for the N-th one's I-th parameter."
-    states = (
-        (f"optimizer.{n}.{i}", s)
-        for n, o in enumerate(optimizers)
-        for i, s in o.state_dict()["state"].items()
-    )
-    return {f"{name}.{k}": v for name, s in states for k, v in s.items() if torch.is_tensor(v)}
+    tensors = {}
+    for n, optimizer in enumerate(optimizers):
+        for i, remembered in optimizer.state_dict()["state"].items():
+            for what, value in remembered.items():
+                if torch.is_tensor(value):
+                    tensors[f"optimizer.{n}.{i}.{what}"] = value
+    return tensors
 
 
 def restore_optimizers(optimizers, tensors):
-    "Put what `optimizer_tensors` named back, each in the memory order of its parameter; other names are left alone."
+    """Put what `optimizer_tensors` named back, each tensor in the memory order of its parameter.
+
+    Other names in `tensors` are left alone.
+    """
     for n, optimizer in enumerate(optimizers):
-        parameters, state = [p for g in optimizer.param_groups for p in g["params"]], {}
-        for _, _, i, what in (k.split(".") for k in tensors if k.startswith(f"optimizer.{n}.")):
-            v, p = tensors[f"optimizer.{n}.{i}.{what}"], parameters[int(i)]
-            state.setdefault(int(i), {})[what] = (
-                torch.empty_like(p, dtype=v.dtype).copy_(v) if v.shape == p.shape else v
-            )
+        prefix = f"optimizer.{n}."
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {}
+        for name, value in tensors.items():
+            if name.startswith(prefix):
+                i, what = name.removeprefix(prefix).split(".")
+                in_order = _ordered_like(parameters[int(i)], value)
+                state.setdefault(int(i), {})[what] = in_order
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
+
+def _ordered_like(parameter, value):
+    "The same numbers in the memory order of a parameter, if they have its shape."
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-38
-def save_training(path, system, averages, optimizers, info):
-    "Write a training's system, its `averages` (by name, each with a list of tensors `average`), its optimizers' memory, and the JSON value `info`. Errors as `save_tensors`."
-    tensors = {f"model.{k}": v for k, v in system.state_dict().items()} | optimizer_tensors(optimizers)
-    save_tensors(
-        path,
-        tensors | {f"{name}.{i}": v for name, a in averages.items() for i, v in enumerate(a.average)},
-        info,
-    )
+def save_training(
+    path,  # of the file
+    system,  # a module
+    averages,  # by name, each with a list of tensors `average`
+    optimizers,  # a list
+    info,  # a JSON value, with the training's `identity`
+):
+    """Write all that a training needs to go on, whole or not at all.
+
+    Raises: TypeError for an `info` that JSON cannot say, OSError where `path` cannot be written.
+    """
+    tensors = {f"model.{name}": v for name, v in system.state_dict().items()}
+    tensors |= optimizer_tensors(optimizers)
+    for name, kept in averages.items():
+        for i, value in enumerate(kept.average):
+            tensors[f"{name}.{i}"] = value
+    save_tensors(path, tensors, info)
 
 
 @torch.no_grad()
-def restore_training(path, system, averages, optimizers, identity, device="cpu"):
+def restore_training(
+    path,  # of the file
+    system,  # the module that gets its tensors
+    averages,  # by name, each with a list of tensors `average`
+    optimizers,  # a list, built like those that were saved
+    identity,  # dict of what this training must share with that one
+    device="cpu",  # where the tensors are wanted
+):
     """Put what `save_training` wrote where it belongs, in place; returns its `info`.
 
-    Raises ValueError when the file is damaged, or when the `identity` in its info is another one, with what differs."""
+    Raises: ValueError where the file is damaged; where the `identity` in its info is another one, the
+    sentence says what differs.
+    """
     tensors, info = load_tensors(path, device)
-    if wrong := [k for k in identity if info.get("identity", {}).get(k) != identity[k]]:
+    saved = info.get("identity", {})
+    wrong = [name for name in identity if saved.get(name) != identity[name]]
+    if wrong:
         raise ValueError(
-            f"{path} is of another training (other {', '.join(wrong)}); choose an empty folder, or delete this one to start over"
+            f"{path} is of another training (other {', '.join(wrong)}); "
+            "choose an empty folder, or delete this one to start over"
         )
-    restore(system, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, path)
-    for name, a in averages.items():
-        torch._foreach_copy_(a.average, [tensors[f"{name}.{i}"] for i in range(len(a.average))])
+    of_model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    restore(system, of_model, path)
+    for name, kept in averages.items():
+        torch._foreach_copy_(kept.average, [tensors[f"{name}.{i}"] for i in range(len(kept.average))])
     restore_optimizers(optimizers, tensors)
     return info
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-41
 def save_system(path, system, **info):
-    "Write a system's tensors with its `config` and whatever else `info` says. Errors as `save_tensors`."
+    """Write a system's tensors with its `config` and whatever else `info` says, whole or not at all.
+
+    Raises: TypeError for an `info` that JSON cannot say, OSError where `path` cannot be written.
+    """
     save_tensors(path, system.state_dict(), {**info, "config": system.config})
 
 
 def load_system(path, device="cpu"):
     """Rebuild the system that `save_system` or a run's best checkpoint holds, in evaluation mode on `device`.
 
-    Raises ValueError for a file without config; errors of `load_tensors`, `build` and `restore`.
+    Raises: FileNotFoundError for a missing file; ValueError for a truncated or foreign one, one without
+    config, or one whose config or tensors do not fit this version of the package.
     """
     tensors, info = load_tensors(path, device)
     if "config" not in info:
         raise ValueError(f"{path} has no config to rebuild a system from; use best.safetensors of a run")
-    return restore(build(info["config"]).to(pick_device(device)), tensors, path).eval()
+    system = build(info["config"]).to(pick_device(device))
+    return restore(system, tensors, path).eval()
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-45
 shipped_weights = Path(str(importlib.resources.files("diffusevae"))) / "weights"
 
 
 def pretrained(name, device="cpu"):
-    "The shipped model `name`, in evaluation mode. Raises ValueError that lists the names for an unknown one."
+    """The shipped model `name`, in evaluation mode on `device`.
+
+    Raises: ValueError that lists the names for an unknown one.
+    """
     names = sorted(p.stem for p in shipped_weights.glob("*.safetensors"))
     if name not in names:
         raise ValueError(f"no shipped model {name!r}; there are: {', '.join(names) or 'none'}")
@@ -277,38 +366,54 @@ def pretrained(name, device="cpu"):
 
 
 def find_system(place, device="cpu"):
-    """The system in a run's folder, in a checkpoint file, or shipped under this name, in evaluation mode on `device`.
+    """The system in a run's folder, in a checkpoint file, or shipped under this name.
 
-    Raises FileNotFoundError for what is none of these, and as `load_system`.
+    It is in evaluation mode on `device`.
+    Raises: FileNotFoundError for what is none of these, ValueError for a file that gives no system.
     """
-    path = Path(place) / "best.safetensors" if Path(place).is_dir() else Path(place)
+    path = Path(place)
+    if path.is_dir():
+        path = path / "best.safetensors"
     if path.is_file():
         return load_system(path, device)
-    if (shipped := shipped_weights / f"{path.name}.safetensors").is_file() and path.name == str(place):
+    shipped = shipped_weights / f"{path.name}.safetensors"
+    if path.name == str(place) and shipped.is_file():
         return load_system(shipped, device)
     raise FileNotFoundError(
-        f"{place} is no folder with best.safetensors, no checkpoint and no shipped model; train first, or give one of these"
+        f"{place} is no folder with best.safetensors, no checkpoint and no shipped model; "
+        "train first, or give one of these"
     )
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-fit-1
 def image_shape(system):
-    "(channels, height, width) of the images that a system is built for, as its VAE, its first stage, itself or its denoiser says; None if none of them does."
-    parts = [
-        getattr(system, "vae", None),
-        getattr(system, "first_stage", None),
-        system,
-        getattr(system, "denoiser", None),
-    ]  # that of a latent model knows latents only: last
-    return next(
-        ((p.channels, p.size, p.size) for p in parts if hasattr(p, "size") and hasattr(p, "channels")), None
-    )
+    """`(channels, height, width)` of the images that a system is built for, None if nothing in it says.
+
+    Its VAE or first stage is asked first, then the system, and its denoiser last: that may know latents only.
+    """
+    parts = []
+    if hasattr(system, "vae"):
+        parts.append(system.vae)
+    if hasattr(system, "first_stage"):
+        parts.append(system.first_stage)
+    parts.append(system)
+    if hasattr(system, "denoiser"):
+        parts.append(system.denoiser)
+    for part in parts:
+        if hasattr(part, "size") and hasattr(part, "channels"):
+            return (part.channels, part.size, part.size)
+    return None
 
 
 def check_fits(system, images, source="the model"):
-    "Raises ValueError when a system is built for images of another shape than `images`, `(N, C, H, W)`."
-    own, given = image_shape(system), tuple(images.shape[1:])
-    if own not in (None, given):
+    """Nothing, if a system is built for images of the shape of `images`, `(N, C, H, W)`, or does not say.
+
+    Raises: ValueError that names both shapes, and the `source` of the system, where they differ.
+    """
+    own = image_shape(system)
+    given = tuple(images.shape[1:])
+    if own is not None and own != given:
         own, given = (" × ".join(map(str, shape)) for shape in (own, given))
         raise ValueError(
-            f"{source} is built for images of {own}, and the data's are {given}; give the data and the size that it was trained on"
+            f"{source} is built for images of {own}, and the data's are {given}; "
+            "give the data and the size that it was trained on"
         )

@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from .checkpoints import write_json
 from .parameters import checked_parameters, find_notebook, parameters_of, parse_parameter
@@ -26,7 +27,10 @@ from diffusevae.core.records import (
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-05
 class RunFailed(RuntimeError):
-    "A run ended without completing; its message is one sentence, its `status` that of the run's record: failed or killed."
+    """A run ended without completing.
+
+    Its message is one sentence, its `status` that of the run's record: failed or killed.
+    """
 
     def __init__(self, message, status="failed"):
         super().__init__(message)
@@ -34,10 +38,12 @@ class RunFailed(RuntimeError):
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-07
 def run(notebook, run_dir, **parameters):
-    """Execute one of `nbs/runs` (by name or path) by papermill in a kernel of its own: its record, with status `completed`.
+    """Execute one of `nbs/runs` (by name or path) by papermill in a kernel of its own.
 
-    A run that is complete already is returned as it is; one that was interrupted goes on where it was. Raises ValueError, before any kernel
-    starts, for an unknown notebook or parameter, a wrong type or the folder of another run, and RunFailed when the notebook fails or dies.
+    Returns its completed record. A run that is complete already is not executed again; one that was
+    interrupted goes on where it was.
+    Raises: ValueError, before any kernel starts, for an unknown notebook or parameter, a wrong type or the
+    folder of another run; RunFailed when the notebook fails or its kernel dies.
     """
     path = find_notebook(notebook)
     given = {**parameters, "run_dir": str(run_dir)}
@@ -47,17 +53,26 @@ def run(notebook, run_dir, **parameters):
     except ValueError as e:
         record_refusal(run_dir, path.stem, given, e)
         raise
-    return record if record and record["status"] == "completed" else _execute(path, Path(run_dir), values)
+    if _is_complete(record):
+        return record
+    return _execute(path, Path(run_dir), values)
+
+
+def _is_complete(record):
+    "Has the run of this record, None for no record, ended well?"
+    return record is not None and record["status"] == "completed"
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-09
 def _papermill(path, output, values):
     "Execute a notebook. papermill formats its paths, so a brace in one must be doubled to stay one."
     import papermill
 
-    source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (path, output))
+    def escaped(path):
+        return str(path).replace("{", "{{").replace("}", "}}")
+
     papermill.execute_notebook(
-        source,
-        target,
+        escaped(path),
+        escaped(output),
         parameters=values,
         progress_bar=False,
         kernel_name="python3",
@@ -66,9 +81,48 @@ def _papermill(path, output, values):
         extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
     )
 
+
+class _Ending(NamedTuple):
+    "How the execution of a notebook ended, seen from outside of its kernel."
+
+    cause: BaseException | None  # what papermill has raised, None where every cell was executed
+    status: str  # what the record says, unless the run is complete
+    error: str  # the sentence beside it
+
+
+def _execute_cells(path, run_dir, values):
+    "Execute the notebook, with a progress bar on the terminal; how it ended."
+    from papermill import PapermillExecutionError
+
+    try:
+        with _progress_shown(run_dir):
+            _papermill(path, run_dir / path.name, values)
+    except PapermillExecutionError as e:  # a cell has raised
+        return _Ending(e, "failed", f"{e.ename}: {e.evalue}".removesuffix(": "))
+    except KeyboardInterrupt as e:
+        return _Ending(e, "killed", "interrupted")
+    except RuntimeError as e:  # nbclient's DeadKernelError, or a kernel that did not start
+        lost = "the kernel was killed, or did not start: by an interrupt, or for want of memory"
+        return _Ending(e, "killed", lost)
+    return _Ending(None, "failed", "the notebook ended without run.finish()")
+
 # %% ../../nbs/1_core/14_runs.ipynb #runs-10
-def _make(folder):
-    "Make a run's folder. OSError in one sentence where that cannot be."
+def _execute(path, run_dir, values):
+    "Execute a run whose parameters are checked and whose folder is its own; returns its completed record."
+    _make_folder(run_dir)
+    ending = _execute_cells(path, run_dir, values)
+    record = read_record(run_dir) or new_record(path.stem, values)
+    if ending.cause is None and _is_complete(record):
+        return record
+    last = {"status": ending.status, "error": ending.error, "end": utc_now(), "progress": None}
+    write_json(run_dir / "record.json", {**record, **last})
+    if isinstance(ending.cause, KeyboardInterrupt):
+        raise ending.cause
+    raise _failure(path.stem, run_dir, ending) from ending.cause
+
+
+def _make_folder(folder):
+    "Make a run's folder. Raises: OSError in one sentence where that cannot be."
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -77,153 +131,143 @@ def _make(folder):
         ) from e
 
 
-def _execute(path, run_dir, values):
-    "What happens in the kernel is in the record that the kernel writes; what happens to the kernel is put there afterwards."
-    from papermill import PapermillExecutionError
-
-    _make(run_dir)
-    try:
-        with _watched(run_dir):
-            _papermill(path, run_dir / path.name, values)
-        cause, status, error = None, "failed", "the notebook ended without run.finish()"
-    except PapermillExecutionError as e:
-        cause, status, error = e, "failed", f"{e.ename}: {e.evalue}".removesuffix(": ")
-    except (
-        RuntimeError,
-        KeyboardInterrupt,
-    ) as e:  # nbclient's DeadKernelError, or a kernel that did not start
-        lost = "the kernel was killed, or did not start: by an interrupt, or for want of memory"
-        cause, status, error = e, "killed", "interrupted" if isinstance(e, KeyboardInterrupt) else lost
-    return _settle(run_dir, path.stem, values, cause, status, error)
-
-# %% ../../nbs/1_core/14_runs.ipynb #runs-11
-def _settle(run_dir, notebook, values, cause, status, error):
-    "The record of a run whose kernel is gone, if it is complete; otherwise the record says how it ended, and so does the error raised."
-    record = read_record(run_dir) or new_record(notebook, values)
-    if cause is None and record["status"] == "completed":
-        return record
-    write_json(
-        run_dir / "record.json",
-        {**record, "status": status, "error": error, "end": utc_now(), "progress": None},
-    )
-    if isinstance(cause, KeyboardInterrupt):
-        raise cause
-    again = f"run it again with the same folder {run_dir} and it goes on from its last checkpoint"
-    raise RunFailed(
-        f"{notebook} was killed; {again}" if status == "killed" else f"{notebook} failed: {error}", status
-    ) from cause
+def _failure(notebook, run_dir, ending):
+    "The exception that tells how a run ended, in one sentence."
+    if ending.status == "killed":
+        again = f"run it again with the same folder {run_dir} and it goes on from its last checkpoint"
+        return RunFailed(f"{notebook} was killed; {again}", "killed")
+    return RunFailed(f"{notebook} failed: {ending.error}", ending.status)
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-13
 @contextmanager
-def _watched(run_dir):
-    "Inside the block, another thread draws the record's progress: the kernel computes, whoever started it watches."
+def _progress_shown(run_dir):
+    "Inside the block, another thread draws the record's progress, while the kernel computes."
     over = threading.Event()
-    watcher = threading.Thread(target=_show, args=(run_dir, over), daemon=True)
-    watcher.start()
+    thread = threading.Thread(target=_show_progress, args=(run_dir, over), daemon=True)
+    thread.start()
     try:
         yield
     finally:
         over.set()
-        watcher.join()
+        thread.join()
 
 
-def _show(run_dir, over):
-    "Draw the progress that the record tells until `over`: twice a second on a terminal, every ten seconds into a file."
+def _show_progress(run_dir, over):
+    "Draw the record's progress until `over` is set: twice a second on a terminal, else every ten seconds."
     from tqdm import tqdm
 
-    with tqdm(
-        total=1, desc=f"{run_dir.name}: starting", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}"
-    ) as line:
-        while not over.wait(0.5 if sys.stderr.isatty() else 10):
-            if p := (read_record(run_dir) or {}).get("progress"):
-                line.total, line.n = p["total"], p["step"]
-                loss = "" if p["loss"] is None else f", loss {p['loss']:.4g}"
-                line.set_description_str(
-                    f"{run_dir.name}: {p['what']} {p['step']}/{p['total']}{loss}", refresh=False
-                )
-            line.refresh()
+    seconds = 0.5 if sys.stderr.isatty() else 10
+    start = f"{run_dir.name}: starting"
+    with tqdm(total=1, desc=start, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}") as bar:
+        while not over.wait(seconds):
+            record = read_record(run_dir)
+            progress = record["progress"] if record else None
+            if progress:
+                bar.total = progress["total"]
+                bar.n = progress["step"]
+                bar.set_description_str(f"{run_dir.name}: {_in_words(progress)}", refresh=False)
+            bar.refresh()
+
+
+def _in_words(progress):
+    "What a record's progress says: `training 30/60, loss 0.5`."
+    loss = "" if progress["loss"] is None else f", loss {progress['loss']:.4g}"
+    return f"{progress['what']} {progress['step']}/{progress['total']}{loss}"
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-20
 def read_recipe(name, **overrides):
     """A recipe of `nbs/runs/recipes` by name or path: {run: (notebook, parameters)}, in order.
 
-    `overrides` replace a parameter in every run that has it. Raises ValueError for an unknown recipe, notebook or parameter, or a wrong type.
+    `overrides` replace a parameter in every run that has it.
+    Raises: ValueError for an unknown recipe, notebook or parameter, or a wrong type.
     """
     import yaml
 
-    text, runs, used = yaml.safe_load(find_notebook(name, "recipe").read_text(encoding="utf-8")), {}, set()
-    if not isinstance(text, dict) or not isinstance(text.get("runs"), dict):
+    text = find_notebook(name, "recipe").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(text)
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("runs"), dict):
         raise ValueError(f"recipe {name} must have `runs:` with a name, a notebook and parameters for each")
-    for run_name, step in text["runs"].items():
+    runs = {}
+    unused = set(overrides)
+    for run_name, step in recipe["runs"].items():
         spec = parameters_of(find_notebook(step["notebook"]))
-        own = {k: v for k, v in overrides.items() if k in spec}
-        runs[run_name] = step["notebook"], _typed({**step.get("parameters", {}), **own}, spec)
-        used |= own.keys()
-    if unused := sorted(overrides.keys() - used):
-        raise ValueError(f"no run of recipe {name} has a parameter {', '.join(map(repr, unused))}")
+        own_overrides = {k: v for k, v in overrides.items() if k in spec}
+        parameters = {**step.get("parameters", {}), **own_overrides}
+        runs[run_name] = (step["notebook"], _typed(parameters, spec))
+        unused -= own_overrides.keys()
+    if unused:
+        raise ValueError(f"no run of recipe {name} has a parameter {', '.join(map(repr, sorted(unused)))}")
     return runs
 
 
 def _typed(parameters, spec):
     "A recipe's parameters, checked. YAML reads 1e-3 as text, so text is read as the command line's is."
-    values = {k: parse_parameter(k, v, spec) if isinstance(v, str) else v for k, v in parameters.items()}
-    return {k: v for k, v in checked_parameters(values, spec).items() if k in parameters}
+    values = {}
+    for name, value in parameters.items():
+        values[name] = parse_parameter(name, value, spec) if isinstance(value, str) else value
+    checked = checked_parameters(values, spec)
+    return {name: value for name, value in checked.items() if name in parameters}
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-23
 def _filled(value, out):
-    "A recipe's value with the study's folder in the place of `$study`, in lists too."
+    "A recipe's value with the study's folder in the place of `$study`, in lists and dicts too."
     if isinstance(value, dict):
         return {k: _filled(v, out) for k, v in value.items()}
     if isinstance(value, list):
         return [_filled(v, out) for v in value]
-    return value.replace("$study", str(out)) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return value.replace("$study", str(out))
+    return value
 
 
 def _claimed(run_dir, notebook, parameters):
-    "The record of a run in its folder, as `claim_folder` says."
+    "The record already in the folder of a recipe's run. Raises: ValueError where it is another run's."
     path = find_notebook(notebook)
-    return claim_folder(
-        run_dir, path.stem, checked_parameters({**parameters, "run_dir": str(run_dir)}, parameters_of(path))
-    )
-
-
-def _is_complete(record):
-    return bool(record) and record["status"] == "completed"
+    values = checked_parameters({**parameters, "run_dir": str(run_dir)}, parameters_of(path))
+    return claim_folder(run_dir, path.stem, values)
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-26
 def run_study(name, out, **overrides):
-    """Execute the runs of a recipe one after another, each in a folder of `out`; yields (run, record, how long it took in seconds).
+    """Execute the runs of a recipe one after another, each in a folder of `out`.
 
-    `$study` in a recipe's text is `out`. What is complete is not run again. The study has a record too, with the names of its `runs`. Raises
-    ValueError for bad parameters or a folder of other runs before the first run, RunFailed at the first that fails.
+    Yields (name of the run, its record, the seconds that it took). `$study` in a recipe's text is `out`. What
+    is complete is not run again. The study has a record too, with the names of its `runs`.
+    Raises: ValueError for bad parameters or a folder of other runs, before the first run; RunFailed at the
+    first run that fails.
     """
-    out, parameters = Path(out), {"recipe": find_notebook(name, "recipe").stem, **overrides}
+    out = Path(out)
+    parameters = {"recipe": find_notebook(name, "recipe").stem, **overrides}
     try:
-        runs = {k: (notebook, _filled(p, out)) for k, (notebook, p) in read_recipe(name, **overrides).items()}
-        done = [
-            _is_complete(claim_folder(out, "study", parameters)),
-            *(_is_complete(_claimed(out / k, *v)) for k, v in runs.items()),
-        ]
+        recipe = read_recipe(name, **overrides)
+        runs = {run_name: (notebook, _filled(values, out)) for run_name, (notebook, values) in recipe.items()}
+        records = [claim_folder(out, "study", parameters)]
+        for run_name, (notebook, values) in runs.items():
+            records.append(_claimed(out / run_name, notebook, values))
     except ValueError as e:
         record_refusal(out, "study", parameters, e)
         raise
-    diary = None if all(done) else RecordWriter(out, "study", parameters, runs=list(runs))
-    yield from _walk(runs, out, diary)
+    if all(_is_complete(record) for record in records):
+        writer = None
+    else:
+        writer = RecordWriter(out, "study", parameters, runs=list(runs))
+    yield from _run_in_turn(runs, out, writer)
 
 
-def _walk(runs, out, diary):
-    "The runs of a study, with its diary kept; a study that is complete has none."
+def _run_in_turn(runs, out, writer):
+    "The runs of a study, one after another; `writer` keeps the study's record, None if that is complete."
     try:
         for i, (name, (notebook, parameters)) in enumerate(runs.items()):
-            if diary:
-                diary.write(
+            if writer:
+                writer.write(
                     progress={"what": name, "step": i, "total": len(runs), "loss": None, "seconds": None}
                 )
             started = time.perf_counter()
-            yield name, run(notebook, out / name, **parameters), time.perf_counter() - started
-    except BaseException as e:
-        if diary:
-            diary.fail(e)
+            record = run(notebook, out / name, **parameters)
+            seconds = time.perf_counter() - started
+            yield name, record, seconds
+    except BaseException as e:  # also the GeneratorExit of a caller that leaves the loop
+        if writer:
+            writer.fail(e)
         raise
-    if diary:
-        diary.finish()
+    if writer:
+        writer.finish()

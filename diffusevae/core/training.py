@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Settings', 'lr_at', 'split', 'epoch_order', 'rows_of_step', 'make_batch', 'optimizers_of', 'optimize', 'validate',
-           'update', 'Trainer', 'judge', 'identity', 'keep', 'resume', 'train', 'train_briefly']
+           'Trainer', 'train', 'train_briefly']
 
 # %% ../../nbs/1_core/11_training.ipynb #training-03
 import functools
@@ -28,99 +28,132 @@ from diffusevae.core.devices import (
 )
 from .ema import averages_of, save_snapshot
 from .logs import Log, Progress, check_finite
+from .parameters import at_least, choice, positive
 from .pixels import Batch
 
 # %% ../../nbs/1_core/11_training.ipynb #training-05
 @dataclass(frozen=True)
 class Settings:
-    """How to train. Raises ValueError for values out of range, naming the setting and what is allowed."""
+    """How to train.
+
+    Raises: ValueError for a value out of range, which names the setting and what is allowed.
+    """
 
     steps: int = 1000  # optimizer steps
-    batch_size: int = 64
+    batch_size: int = 64  # images in a step
     lr: float = 1e-3  # peak learning rate of AdamW
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW, 0 for none
     warmup: int = 50  # steps over which the learning rate rises linearly
-    schedule: str = "cosine"  # after the warm-up: constant, or cosine down to 0 at `steps`
+    schedule: str = (
+        "cosine"  # learning rate after the warm-up: constant, or cosine down to 0 at the last step
+    )
     clip: float = 1.0  # largest norm of the whole gradient, 0 for no clipping
-    ema: float = 0.999  # largest decay of the averaged weights, 0 for none
-    ema_snapshots: int = 0  # steps between snapshots of two more averages, so that the EMA can be chosen afterwards; 0 for none
+    ema: float = 0.999  # largest decay of the averaged weights, below 1; 0 for none
+    ema_snapshots: int = 0  # steps between snapshots for an average that is chosen afterwards, 0 for none
     flip: bool = False  # mirror half of the images left to right
-    validation: float = 0.05  # share of the images held out, 0 for none
+    validation: float = 0.05  # share of the images held out, below 1; 0 for none
     validate_every: int = 100  # steps
     patience: int = 0  # validations without a better loss before training stops, 0 for never
     checkpoint_every: int = 200  # steps
     log_every: int = 10  # steps
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"  # that the networks compute in: float32, bfloat16, or what suits the device; weights and losses are float32
-    compile: str = "auto"  # the networks: on, off, graphs (on, with CUDA graphs), or what suits the device
+    seed: int = 0  # of the split, the order of the images and all random numbers of the steps
+    device: str = "auto"  # auto, cpu, cuda or mps
+    precision: str = "auto"  # of the networks: auto (what suits the device), float32 or bfloat16
+    compile: str = (
+        "auto"  # the networks: auto (what suits the device), on, off, graphs (on, with CUDA graphs)
+    )
 
     def __post_init__(self):
-        positive = ("steps", "batch_size", "lr", "validate_every", "checkpoint_every", "log_every")
-        for name in positive + ("weight_decay", "warmup", "clip", "patience", "ema_snapshots"):
-            if not (value := getattr(self, name)) >= 0 or (name in positive and not value):
-                raise ValueError(
-                    f"{name} must {'be positive' if name in positive else 'not be negative'}, got {value}"
-                )
-        if wrong := [name for name in ("ema", "validation") if not 0 <= getattr(self, name) < 1]:
-            raise ValueError(f"{wrong[0]} must lie in [0, 1), got {getattr(self, wrong[0])}")
-        for name, allowed in (
-            ("schedule", ("constant", "cosine")),
-            ("precision", precisions),
-            ("compile", compilations),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be {' or '.join(map(str, allowed))}, got {getattr(self, name)!r}"
-                )
+        positive(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+        positive(
+            validate_every=self.validate_every,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+        )
+        at_least(0, weight_decay=self.weight_decay, warmup=self.warmup, clip=self.clip)
+        at_least(0, ema_snapshots=self.ema_snapshots, patience=self.patience)
+        for name in ("ema", "validation"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+        choice("schedule", self.schedule, ("constant", "cosine"))
+        choice("precision", self.precision, precisions)
+        choice("compile", self.compile, compilations)
 
 # %% ../../nbs/1_core/11_training.ipynb #training-07
 def lr_at(step, settings):
-    "The learning rate of step 0, 1, …: linear warm-up, then constant or half a cosine to 0. Source: Loshchilov and Hutter 2017, equation 5."
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    return (
-        settings.lr
-        * warm
-        * ((1 + math.cos(math.pi * step / settings.steps)) / 2 if settings.schedule == "cosine" else 1.0)
-    )
+    """The learning rate of step 0, 1, …: linear warm-up, then constant or half a cosine to 0.
+
+    Source: Loshchilov and Hutter 2017, equation 5.
+    """
+    rate = settings.lr
+    if settings.warmup:
+        rate = rate * min(1.0, (step + 1) / settings.warmup)
+    if settings.schedule == "cosine":
+        rate = rate * ((1 + math.cos(math.pi * step / settings.steps)) / 2)
+    return rate
 
 # %% ../../nbs/1_core/11_training.ipynb #training-14
 def split(images, fraction, seed=0):
-    "`images` as training and validation set, drawn by `seed`; the latter is None for `fraction` 0. ValueError when none is left to train on."
-    n = math.ceil(len(images) * fraction)
-    if len(images) - n < 1:
+    """`images` as `(training, validation)` sets, drawn by `seed`; the second is None for `fraction` 0.
+
+    Raises: ValueError where no image is left to train on.
+    """
+    held_out = math.ceil(len(images) * fraction)
+    if len(images) - held_out < 1:
         raise ValueError(
-            f"{len(images)} images cannot be split with {fraction:.0%} for validation: none would be left to train on"
+            f"{len(images)} images cannot be split with {fraction:.0%} for validation: "
+            "none would be left to train on"
         )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images[order[n:]], images[order[:n]] if n else None
+    training = images[order[held_out:]]
+    validation = images[order[:held_out]] if held_out else None
+    return training, validation
 
 # %% ../../nbs/1_core/11_training.ipynb #training-17
 @functools.lru_cache(maxsize=4)
 def epoch_order(epoch, n, seed, device=None):
-    "The order of `n` images in an epoch, int64 `(n,)` on `device`: a function of its arguments alone, so that nothing needs to be saved to resume."
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).to(device)
+    "The order of `n` images in an epoch, int64 `(n,)` on `device`: it depends on these arguments alone."
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(n, generator=generator).to(device)
 
 
-def rows_of_step(step, n, batch_size, seed, device=None):
-    "Which of `n` images make the batch of step 0, 1, …: consecutive pieces of one epoch's order after another, int64 `(batch_size,)`."
-    first, end = step * batch_size, (step + 1) * batch_size
-    return torch.cat(
-        [
-            epoch_order(e, n, seed, device)[max(first - e * n, 0) : end - e * n]
-            for e in range(first // n, (end - 1) // n + 1)
-        ]
-    )
+def rows_of_step(
+    step,  # 0, 1, …
+    n,  # images in the set
+    batch_size,  # images in a batch; may be larger than the set
+    seed,  # of the order of each epoch
+    device=None,  # where the rows are wanted, None for the CPU
+):
+    "Which images make the batch of a step, int64 `(batch_size,)`: the next piece of the epochs' orders."
+    start = step * batch_size  # images that were taken before this step
+    missing = batch_size
+    pieces = []
+    while missing > 0:
+        epoch, place = divmod(start, n)
+        piece = epoch_order(epoch, n, seed, device)[place : place + missing]
+        pieces.append(piece)
+        start += len(piece)
+        missing -= len(piece)
+    return torch.cat(pieces)
 
 # %% ../../nbs/1_core/11_training.ipynb #training-19
 def make_batch(images, rows, flip=False):
-    "The `rows` of an ImageSet, or another set with `x` and `labels`, as a `Batch`, channels last, on its device; `flip` mirrors each with probability ½, or raises ValueError if the set says `flippable = False`."
+    """The `rows` of an ImageSet, or of another set with `x` and `labels`, as a `Batch` on its device.
+
+    Its images `(B, C, H, W)` have the channels last; `flip` mirrors each one with probability 1/2.
+    Raises: ValueError for `flip` where the set says `flippable = False`.
+    """
     if flip and not getattr(images, "flippable", True):
         raise ValueError(
-            "flip mirrors pixels, and a mirrored latent is not the latent of the mirrored image; encode mirrored images too, and set flip to False"
+            "flip mirrors pixels, and a mirrored latent is not the latent of the mirrored image; "
+            "encode mirrored images too, and set flip to False"
         )
-    x = (part := images[rows]).x
-    x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x) if flip else x
+    part = images[rows]
+    x = part.x
+    if flip:
+        mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+        x = torch.where(mirrored, x.flip(3), x)
     return Batch(
         x.contiguous(memory_format=torch.channels_last),
         part.labels,
@@ -130,197 +163,268 @@ def make_batch(images, rows, flip=False):
 
 # %% ../../nbs/1_core/11_training.ipynb #training-23
 def optimizers_of(system, settings):
-    "What a system's `optimizers(settings)` returns, or one AdamW (Loshchilov and Hutter 2019). ValueError for several without `step`."
+    """What a system's `optimizers(settings)` returns, or a list of one AdamW over all its parameters.
+
+    Raises: ValueError for a system with several optimizers and no `step`.
+    Source: Loshchilov and Hutter 2019, algorithm 2.
+    """
     if not hasattr(system, "optimizers"):
-        return [
-            torch.optim.AdamW(
-                system.parameters(),
-                lr=settings.lr,
-                weight_decay=settings.weight_decay,
-                betas=(0.9, 0.99),
-                fused=True,
-            )
-        ]
+        adamw = torch.optim.AdamW(
+            system.parameters(),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            betas=(0.9, 0.99),
+            fused=True,
+        )
+        return [adamw]
     optimizers = system.optimizers(settings)
     if len(optimizers) > 1 and not hasattr(system, "step"):
         raise ValueError(
-            f"{type(system).__name__} has {len(optimizers)} optimizers; give it step(batch, optimizers) -> dict as well"
+            f"{type(system).__name__} has {len(optimizers)} optimizers; "
+            "give it step(batch, optimizers) -> dict as well"
         )
     return optimizers
 
 
-def optimize(system, batch, optimizers, parameters, clip=0.0):
-    "One update, in training mode: (the loss's terms, the gradient's norm before clipping). A system with `step` does it itself, and its norm is given as 0."
-    system.training or system.train()  # a validation, or whoever drew a preview, has left it so
+def optimize(
+    system,  # with `loss`, or with `step` where it has several optimizers
+    batch,  # a Batch on the system's device
+    optimizers,  # as `optimizers_of` returns them
+    parameters,  # those whose gradient is measured and clipped
+    clip=0.0,  # largest norm of the gradient, 0 for no clipping
+):
+    """One update, in training mode: `(terms of the loss, norm of the gradient before clipping)`.
+
+    A system with `step` updates itself; its gradient is not clipped, and its norm is given as 0.
+    Source: Pascanu et al. 2013, algorithm 1, for clipping.
+    """
+    if not system.training:  # a validation, or whoever drew a preview, has left it so
+        system.train()
     if hasattr(system, "step"):
         return system.step(batch, optimizers), torch.zeros(())
+    optimizer = optimizers[0]
     terms = system.loss(batch)
-    optimizers[0].zero_grad()
+    optimizer.zero_grad()
     terms["loss"].backward()
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
-    if clip and not (
-        norm.is_cpu and norm <= clip
-    ):  # on the CPU, where a look costs nothing, gradients are scaled only if they must
-        torch._foreach_mul_(grads, (clip / norm).clamp(max=1))
-    optimizers[0].step()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    optimizer.step()
     return terms, norm
 
 # %% ../../nbs/1_core/11_training.ipynb #training-27
 @torch.no_grad()
 def validate(system, images, batch_size, seed=0):
-    "Mean of each term of the loss over `images`, in evaluation mode, always with the same random numbers: `{'validation_loss': float, …}`."
+    """Mean of each term of the loss over `images`, in evaluation mode: `{"validation_loss": float, …}`.
+
+    The random numbers are those of `seed`, the same ones each time.
+    """
     torch.manual_seed(seed)
     system.eval()
-    parts = [
-        (len(rows), system.loss(make_batch(images, rows)))
-        for rows in torch.arange(len(images)).split(batch_size)
-    ]
-    return {
-        f"validation_{k}": sum(n * float(terms[k]) for n, terms in parts) / len(images) for k in parts[0][1]
-    }
-
-# %% ../../nbs/1_core/11_training.ipynb #training-30
-def update(trainer):
-    "One optimizer step and its averages: (the loss's terms, learning rate, norm of the gradient), all detached."
-    s, step, device = trainer.settings, trainer.step, trainer.device
-    seeded = torch.default_generator if trainer.parameters[0].is_cpu else torch
-    seeded.manual_seed(
-        1_000_003 * s.seed + step
-    )  # torch itself seeds every device that might be there, which takes half a millisecond
-    batch = make_batch(
-        trainer.training, rows_of_step(step, len(trainer.training), s.batch_size, s.seed, device), s.flip
-    )
-    for group in (g for o in trainer.optimizers for g in o.param_groups):
-        group["lr"] = (lr := lr_at(step, s)) * group.get("lr_scale", 1.0)
-    with trainer.fast.applied():
-        terms, norm = optimize(trainer.system, batch, trainer.optimizers, trainer.parameters, s.clip)
-    for average in trainer.averages.values():
-        average.update(step)
-    return {k: torch.as_tensor(v).detach() for k, v in terms.items()}, lr, norm
+    parts = []
+    for rows in torch.arange(len(images)).split(batch_size):
+        terms = system.loss(make_batch(images, rows))
+        parts.append((len(rows), terms))
+    means = {}
+    for name in parts[0][1]:
+        total = sum(n * float(terms[name]) for n, terms in parts)
+        means[f"validation_{name}"] = total / len(images)
+    return means
 
 # %% ../../nbs/1_core/11_training.ipynb #training-31
 class Trainer:
-    "A training between two steps: system, averaged weights, optimizers, and how far it has come. `train` below is the loop around it."
+    "A training between two steps: system, averaged weights, optimizers, and how far it has come."
 
     def __init__(self, system, images, settings, run_dir):
-        self.settings, self.run_dir, self.device = settings, Path(run_dir), pick_device(settings.device)
-        self.system, self.last = system.to(self.device), self.run_dir / "last.safetensors"
+        self.settings = settings
+        self.run_dir = Path(run_dir)
+        self.last = self.run_dir / "last.safetensors"
+        self.device = pick_device(settings.device)
+        self.system = system.to(self.device)
         self.training, self.validation = split(images.to(self.device), settings.validation, settings.seed)
         self.parameters = [p for p in system.parameters() if p.requires_grad]
         self.averages = averages_of(self.parameters, settings.ema, settings.ema_snapshots > 0)
-        self.ema, self.optimizers = self.averages["ema"], optimizers_of(system, settings)
-        how = (
-            "off" if settings.compile == "auto" and hasattr(system, "step") else settings.compile
-        )  # that may need gradients of gradients
-        self.fast = Accelerated(
-            system,
-            pick_precision(settings.precision, self.device),
-            pick_compile(how, self.device, settings.steps),
-        )
-        self.step, self.seconds, self.best, self.bad = 0, 0.0, math.inf, 0
+        self.ema = self.averages["ema"]
+        self.optimizers = optimizers_of(system, settings)
+        self.accelerated = self._accelerate()
+        self.step = 0  # steps that are done
+        self.seconds = 0.0  # of training, those before an interruption included
+        self.best = math.inf  # lowest validation loss so far
+        self.bad = 0  # validations since then
+
+    def _accelerate(self):
+        settings = self.settings
+        mode = settings.compile
+        if mode == "auto" and hasattr(self.system, "step"):
+            mode = "off"  # such a system may need gradients of gradients, which compiled code does not have
+        dtype = pick_precision(settings.precision, self.device)
+        return Accelerated(self.system, dtype, pick_compile(mode, self.device, settings.steps))
 
     @property
     def finished(self):
-        return self.step >= self.settings.steps or bool(
-            self.settings.patience and self.bad >= self.settings.patience
-        )
+        "Is the last step done, or has `patience` run out?"
+        settings = self.settings
+        out_of_patience = settings.patience > 0 and self.bad >= settings.patience
+        return self.step >= settings.steps or out_of_patience
 
     def due(self, every):
+        "Is what happens every so many steps due now? At the end, everything is."
         return self.step % every == 0 or self.finished
 
-    def advance(self):
-        "One step, with validation and checkpoint when they are due: its `Progress`. FloatingPointError when the loss is no number."
-        started, s = time.perf_counter(), self.settings
-        terms, lr, norm = update(self)
-        self.step += 1
-        if self.parameters[0].is_cpu or any(
-            self.due(n) for n in (s.log_every, s.validate_every, s.ema_snapshots) if n
-        ):  # a look stalls other devices
-            check_finite({**terms, "gradient norm": norm}, self.step, self.last)
-        checked = judge(self) if self.validation and self.due(s.validate_every) else None
-        self.seconds += time.perf_counter() - started
-        if self.due(s.checkpoint_every):
-            keep(self)
-        if s.ema_snapshots and self.due(s.ema_snapshots):
-            save_snapshot(self.run_dir, self.step, self.system, self.averages.values())
-        return Progress(self.step, s.steps, terms, lr, norm, self.seconds, checked)
+    def may_look(self):
+        "May the loss be read now? Off the CPU a look stalls the device: only where something is due anyway."
+        if self.parameters[0].is_cpu:
+            return True
+        settings = self.settings
+        intervals = [settings.log_every, settings.validate_every]
+        if settings.ema_snapshots:
+            intervals.append(settings.ema_snapshots)
+        return any(self.due(every) for every in intervals)
 
-# %% ../../nbs/1_core/11_training.ipynb #training-32
-def judge(trainer):
-    "Validate the averaged weights; the best so far become `best.safetensors`, others count towards `patience`. Returns the validation's means."
-    with trainer.ema.applied(), trainer.fast.applied():
-        means = validate(
-            trainer.system, trainer.validation, trainer.settings.batch_size, trainer.settings.seed
+    def update(self):
+        "One optimizer step, and its averages: `(terms, learning rate, norm of the gradient)`, all detached."
+        settings = self.settings
+        self._seed_step()
+        rows = rows_of_step(self.step, len(self.training), settings.batch_size, settings.seed, self.device)
+        batch = make_batch(self.training, rows, settings.flip)
+        lr = lr_at(self.step, settings)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+        with self.accelerated.applied():
+            terms, norm = optimize(self.system, batch, self.optimizers, self.parameters, settings.clip)
+        for average in self.averages.values():
+            average.update(self.step)
+        detached = {name: torch.as_tensor(value).detach() for name, value in terms.items()}
+        return detached, lr, norm
+
+    def _seed_step(self):
+        seed = 1_000_003 * self.settings.seed + self.step
+        if self.parameters[0].is_cpu:
+            # torch.manual_seed asks for every device that might be there, which takes half a millisecond
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
+    def advance(self):
+        """One step, with validation and checkpoint where they are due: its `Progress`.
+
+        Raises: FloatingPointError for a loss or a gradient that is no finite number.
+        """
+        settings = self.settings
+        started = time.perf_counter()
+        terms, lr, norm = self.update()
+        self.step += 1
+        if self.may_look():
+            check_finite({**terms, "gradient norm": norm}, self.step, self.last)
+        means = None
+        if self.validation and self.due(settings.validate_every):
+            means = self.validate_and_keep_best()
+        self.seconds += time.perf_counter() - started
+        if self.due(settings.checkpoint_every):
+            self.save_last()
+        if settings.ema_snapshots and self.due(settings.ema_snapshots):
+            save_snapshot(self.run_dir, self.step, self.system, self.averages.values())
+        return Progress(self.step, settings.steps, terms, lr, norm, self.seconds, means)
+
+    def validate_and_keep_best(self):
+        """Validate the averaged weights and return the means; the best so far become `best.safetensors`.
+
+        Others count towards `patience`.
+        """
+        settings = self.settings
+        with self.ema.applied(), self.accelerated.applied():
+            means = validate(self.system, self.validation, settings.batch_size, settings.seed)
+            better = means["validation_loss"] < self.best
+            if better:
+                save_system(self.run_dir / "best.safetensors", self.system, step=self.step, **means)
+        if better:
+            self.best = means["validation_loss"]
+            self.bad = 0
+        else:
+            self.bad += 1
+        return means
+
+    def fingerprint(self):
+        "What a training shares with the one that it resumes, as plain JSON: settings, architecture, images."
+        shared = asdict(self.settings)
+        for may_change in ("device", "compile", "patience", "checkpoint_every", "log_every"):
+            del shared[may_change]
+        shared["architecture"] = self.system.config
+        shared["images"] = len(self.training)
+        return json.loads(json.dumps(shared))
+
+    @torch.no_grad()
+    def save_last(self):
+        """Write all that resuming needs to `last.safetensors`.
+
+        Without a validation set, the averaged weights become `best.safetensors` too.
+        Raises: FloatingPointError for weights that are not finite, and then nothing is written.
+        """
+        norm = sum(torch._foreach_norm(self.parameters))
+        check_finite({"norm of the weights": norm}, self.step, self.last)
+        info = {
+            "identity": self.fingerprint(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "bad": self.bad,
+        }
+        save_training(self.last, self.system, self.averages, self.optimizers, info)
+        if not self.validation:
+            with self.ema.applied():
+                save_system(self.run_dir / "best.safetensors", self.system, step=self.step)
+
+    def resume(self):
+        """Go on from `last.safetensors`.
+
+        Raises: ValueError where the file is damaged, or of another training, with what differs.
+        """
+        info = restore_training(
+            self.last,
+            self.system,
+            self.averages,
+            self.optimizers,
+            self.fingerprint(),
+            self.device,
         )
-        if better := means["validation_loss"] < trainer.best:
-            save_system(trainer.run_dir / "best.safetensors", trainer.system, step=trainer.step, **means)
-    trainer.best, trainer.bad = (means["validation_loss"], 0) if better else (trainer.best, trainer.bad + 1)
-    return means
+        self.step = info["step"]
+        self.seconds = info["seconds"]
+        self.best = info["best"]
+        self.bad = info["bad"]
 
 # %% ../../nbs/1_core/11_training.ipynb #training-34
-def identity(trainer):
-    "What a training must share with the one that it resumes: settings, architecture and number of images, as plain JSON."
-    may_change = ("device", "compile", "patience", "checkpoint_every", "log_every")
-    settings = {k: v for k, v in asdict(trainer.settings).items() if k not in may_change}
-    return json.loads(
-        json.dumps({**settings, "architecture": trainer.system.config, "images": len(trainer.training)})
-    )
-
-
-@torch.no_grad()
-def keep(trainer):
-    "Write all that resuming needs to `last.safetensors`; without a validation set, the averaged weights become `best.safetensors`."
-    check_finite(
-        {"norm of the weights": sum(torch._foreach_norm(trainer.parameters))}, trainer.step, trainer.last
-    )
-    info = {
-        "identity": identity(trainer),
-        **{k: getattr(trainer, k) for k in ("step", "seconds", "best", "bad")},
-    }
-    save_training(trainer.last, trainer.system, trainer.averages, trainer.optimizers, info)
-    if not trainer.validation:
-        with trainer.ema.applied():
-            save_system(trainer.run_dir / "best.safetensors", trainer.system, step=trainer.step)
-
-
-def resume(trainer):
-    "Go on from the trainer's `last.safetensors`. ValueError when it is damaged, or of another training, with what differs."
-    info = restore_training(
-        trainer.last, trainer.system, trainer.averages, trainer.optimizers, identity(trainer), trainer.device
-    )
-    vars(trainer).update({k: v for k, v in info.items() if k != "identity"})
-
-
 def train(system, images, settings, run_dir):
-    """Train `system` on an ImageSet, or another set as `make_batch` takes it: a generator that yields a `Progress` after each step; every step reseeds torch.
+    """Train `system` on an ImageSet, or another set that `make_batch` takes; yields a `Progress` a step.
 
-    Leaves `best.safetensors` (averaged weights), `last.safetensors` (all that resuming needs), `metrics.jsonl` and `tensorboard/` in `run_dir`;
-    started again there, it goes on. Raises ValueError for another training's folder, FloatingPointError for a loss that is no number."""
+    Leaves `best.safetensors` (averaged weights), `last.safetensors` (all that resuming needs),
+    `metrics.jsonl` and `tensorboard/` in the folder `run_dir`; started again there, it goes on.
+    Every step reseeds torch.
+    Raises: ValueError for the folder of another training, FloatingPointError for a loss that is no number.
+    """
     trainer = Trainer(system, images, settings, run_dir)
     if trainer.last.is_file():
-        resume(trainer)
+        trainer.resume()
     log = Log(run_dir, after=trainer.step)
     try:
-        yield from _steps(trainer, log)
+        while not trainer.finished:
+            progress = trainer.advance()
+            if progress.validation or trainer.due(settings.log_every):
+                log(progress.row())
+            yield progress
     except GeneratorExit:  # whoever drew the steps stopped between two of them: nothing is lost
-        keep(trainer)
+        trainer.save_last()
         raise
     finally:
         system.eval()
         log.close()
 
-
-def _steps(trainer, log):
-    while not trainer.finished:
-        progress = trainer.advance()
-        if progress.validation or trainer.due(trainer.settings.log_every):
-            log(progress.row())
-        yield progress
-
 # %% ../../nbs/1_core/11_training.ipynb #training-briefly
 def train_briefly(system, images, **settings):
-    "The system after `train` with these `Settings`, where no folder is to stay: with its best weights, averaged ones if there is an `ema`, in evaluation mode."
+    """The system after `train` with these `Settings`, where no folder is to stay, in evaluation mode.
+
+    It has its best weights, which are averaged ones if there is an `ema`.
+    """
     with tempfile.TemporaryDirectory() as run_dir:
-        list(train(system, images, Settings(**settings), run_dir))
-        return restore(system, load_tensors(Path(run_dir) / "best.safetensors")[0]).eval()
+        for _ in train(system, images, Settings(**settings), run_dir):
+            pass
+        tensors, _ = load_tensors(Path(run_dir) / "best.safetensors")
+        return restore(system, tensors).eval()

@@ -15,45 +15,76 @@ from torch import nn
 
 from ..core.checkpoints import configured
 from ..core.devices import widest_float
+from ..core.parameters import at_least, choice
 from ..core.pixels import column
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-06
 def linear(T=1000, start=1e-4, end=0.02):
-    """Betas in equal steps from `start` to `end`: float64 `(T,)`. Source: Ho et al. 2020, section 4.
+    """Betas in equal steps from `start` to `end`: float64 `(T,)`.
 
     The ends suit T = 1000: a shorter schedule needs larger ones to reach pure noise.
+
+    Source: Ho et al. 2020, section 4.
     """
     return torch.linspace(start, end, T, dtype=torch.float64)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-09
 def quadratic(T=1000, start=1e-4, end=0.02):
-    """Betas whose square roots go in equal steps: float64 `(T,)`. Source: Ho et al. 2020, appendix B, tried it; the formula is their code's."""
+    """Betas whose square roots go in equal steps from √`start` to √`end`: float64 `(T,)`.
+
+    Source: Ho et al. 2020, appendix B, tried it; the formula is their code's.
+    """
     return linear(T, start**0.5, end**0.5) ** 2
 
 
 def scaled_linear(T=1000, start=0.00085, end=0.012):
-    "`quadratic` under the name and with the ends that latent diffusion gives it: float64 `(T,)`. Source: Rombach et al. 2022; the ends are their code's."
+    """Betas whose square roots go in equal steps, with the ends of latent diffusion: float64 `(T,)`.
+
+    Source: Rombach et al. 2022; the ends are their code's.
+    """
     return quadratic(T, start, end)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-12
 def betas_of(abar, T, largest=0.999):
-    """Betas, float64 `(T,)`, for which the products of 1 - beta give the function `abar` of u in [0, 1], up to a factor; none above `largest`.
+    """Betas, float64 `(T,)`, whose products of 1 - beta follow a curve.
+
+    The curve `abar` is a function of u in [0, 1], float64 tensors, and is met up to a factor; no beta exceeds
+    `largest`.
 
     Source: Nichol and Dhariwal 2021, section 3.2.
     """
-    a = abar(torch.linspace(0, 1, T + 1, dtype=torch.float64))
-    return (1 - a[1:] / a[:-1]).clamp(max=largest)
+    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    curve = abar(u)
+    alphas = curve[1:] / curve[:-1]  # α_t = ᾱ(t/T) / ᾱ((t-1)/T)
+    return (1 - alphas).clamp(max=largest)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-16
 def cosine(T=1000, s=0.008):
-    """abar(u) proportional to cos²((u + s) / (1 + s) · π/2): betas, float64 `(T,)`. Source: Nichol and Dhariwal 2021, equation 17."""
-    return betas_of(lambda u: torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2, T)
+    """Betas of a curve abar(u) proportional to cos²((u + s) / (1 + s) · π/2): float64 `(T,)`.
+
+    Source: Nichol and Dhariwal 2021, equation 17.
+    """
+
+    def abar(u):
+        return torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+
+    return betas_of(abar, T)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-20
 def sigmoid(T=1000, start=-3.0, end=3.0, tau=1.0):
-    """abar(u) a falling sigmoid from 1 to 0: betas, float64 `(T,)`. Source: Jabri et al. 2022; the formula Chen 2023, algorithm 1."""
+    """Betas of a curve abar(u) that is a falling sigmoid from 1 to 0: float64 `(T,)`.
+
+    `start` and `end` are where the logistic function is cut off, in units of the temperature `tau`.
+
+    Source: Jabri et al. 2022; the formula Chen 2023, algorithm 1.
+    """
     first, last = torch.sigmoid(torch.tensor([start / tau, end / tau], dtype=torch.float64))
-    return betas_of(lambda u: (last - torch.sigmoid((u * (end - start) + start) / tau)) / (last - first), T)
+
+    def abar(u):
+        place = u * (end - start) + start  # from b to e
+        return (last - torch.sigmoid(place / tau)) / (last - first)
+
+    return betas_of(abar, T)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-24
 schedules_by_name = {
@@ -66,28 +97,30 @@ schedules_by_name = {
 
 
 def make_betas(name, T=1000, **settings):
-    "Betas of the schedule called `name`: float64 `(T,)`; `settings` are its other arguments. Raises ValueError for an unknown name or T < 2."
-    if name not in schedules_by_name:
-        raise ValueError(f"no schedule {name!r}; there are: {', '.join(schedules_by_name)}")
-    if T < 2:
-        raise ValueError(f"a schedule needs at least 2 steps, got T={T}")
-    return schedules_by_name[name](T, **settings)
+    """Betas of the schedule called `name`: float64 `(T,)`; `settings` are its other arguments.
+
+    Raises: ValueError for an unknown name or T < 2.
+    """
+    formula = choice("schedule", name, schedules_by_name)
+    at_least(2, T=T)
+    return formula(T, **settings)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-27
 class NoiseLevels(nn.Module):
-    """Noise levels `abar` `(N,)` in [0, 1), in any order, with their roots: float64 buffers that no checkpoint carries.
+    """Noise levels `abar` `(N,)` in [0, 1), in any order, with their roots: float64 buffers in no checkpoint.
 
-    What follows from a level alone. `Schedule` is a row of them that falls; a batch trained on continuous levels has one for each sample.
+    It holds what follows from a level alone. A `Schedule` is a row of levels that falls; a batch trained on
+    continuous levels has one for each sample.
     """
 
-    zero_terminal = False  # a plain bool: whoever asks need not read a table that may lie on a GPU
+    zero_terminal = False  # a plain bool: nobody has to read a table that may lie on a GPU
 
     def __init__(self, abar):
         super().__init__()
         abar = abar.to(widest_float(abar.device))
-        self._keep(abar=abar, sqrt_abar=abar.sqrt(), sqrt_1m_abar=(1 - abar).sqrt())
+        self._add_tables(abar=abar, sqrt_abar=abar.sqrt(), sqrt_1m_abar=(1 - abar).sqrt())
 
-    def _keep(self, **tables):
+    def _add_tables(self, **tables):
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
@@ -102,67 +135,92 @@ class NoiseLevels(nn.Module):
         return self
 
     def log_snr(self):
-        "log(abar / (1 - abar)), float64 `(N,)`: signal against noise, -inf without signal. Source: Kingma et al. 2021, equation 2."
+        """Signal against noise, log(abar / (1 - abar)), float64 `(N,)`; -inf without signal.
+
+        Source: Kingma et al. 2021, equation 2.
+        """
         return torch.log(self.abar) - torch.log1p(-self.abar)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-28
+def _are_betas(betas):
+    "Is this one row of numbers strictly between 0 and 1, of which the last may be 1?"
+    if betas.ndim != 1 or len(betas) == 0:
+        return False
+    in_range = (betas > 0) & (betas <= 1)  # False for NaN
+    one_too_early = betas[:-1] == 1
+    return bool(in_range.all() and not one_too_early.any())
+
+
 @configured
 class Schedule(NoiseLevels):
-    """The noise levels that follow from `betas` `(T,)`, t = 0 the least noisy; `betas` beside them. `zero_terminal`: abar ends at 0.
+    """The noise levels that follow from `betas` `(T,)`, t = 0 the least noisy, and `betas` beside them.
 
-    Raises ValueError for betas not strictly between 0 and 1; the last may be 1, and then no signal is left. Source: Ho et al. 2020, section 2.
+    `zero_terminal` says whether abar ends at 0.
+
+    Raises: ValueError for betas not strictly between 0 and 1; the last may be 1, and then no signal is left.
+    Source: Ho et al. 2020, section 2.
     """
 
     def __init__(self, betas):
         betas = torch.as_tensor(betas, dtype=torch.float64)
-        if (
-            betas.ndim != 1
-            or not len(betas)
-            or not ((betas > 0) & (betas <= 1)).all()
-            or (betas[:-1] == 1).any()
-        ):
+        if not _are_betas(betas):
             raise ValueError(
-                f"betas must be one row of numbers strictly between 0 and 1 (the last may be 1), got shape {tuple(betas.shape)}"
+                "betas must be one row of numbers strictly between 0 and 1 (the last may be 1), "
+                f"got shape {tuple(betas.shape)}"
             )
         super().__init__(torch.cumprod(1 - betas, dim=0))
-        self._keep(betas=betas)
+        self._add_tables(betas=betas)
         self.zero_terminal = bool(betas[-1] == 1)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-34
 def zero_terminal_snr(betas):
-    """The same schedule moved and stretched so that nothing of the image is left at T - 1: betas, float64 `(T,)`, the last one 1.
+    """The same schedule, changed so that nothing of the image is left at T - 1: betas, float64 `(T,)`.
 
-    √abar is shifted to end at 0 and scaled to begin where it did. Source: Lin et al. 2024, algorithm 1.
+    √abar is shifted to end at 0 and scaled to begin where it did; the last beta is 1.
+
+    Source: Lin et al. 2024, algorithm 1.
     """
     root = torch.cumprod(1 - betas.double(), dim=0).sqrt()
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    first, last = root[0], root[-1]
+    root = (root - last) * first / (first - last)
     abar = root**2
-    return 1 - abar / torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
+    abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
+    return 1 - abar / abar_before
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-38
 def continuous_levels(schedule, t):
-    """abar, float64 `(B,)`, with √abar drawn evenly between its values at t - 1 (1 for t = 0) and at t, int64 `(B,)`, by the global generator.
+    """Noise levels abar, float64 `(B,)`, around the times t, int64 `(B,)`, drawn by the global generator.
 
-    A network trained on these works with any schedule. Source: Chen et al. 2021 (WaveGrad), section 3.3.
+    √abar is uniform between its values at t - 1 (1 for t = 0) and at t. A network trained on these works with
+    any schedule.
+
+    Source: Chen et al. 2021 (WaveGrad), section 3.3.
     """
+    low = schedule.sqrt_abar[t]
     high = torch.where(t > 0, schedule.sqrt_abar[(t - 1).clamp(min=0)], 1.0)
-    return torch.lerp(schedule.sqrt_abar[t], high, torch.rand(len(t), device=t.device).to(high)) ** 2
+    share = torch.rand(len(t), device=t.device).to(high)
+    return torch.lerp(low, high, share) ** 2
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-44
 def at_time(table, t, x):
-    """Row `t`, int64 `(B,)` in 0 … T-1, of a schedule's table, cast to `x`'s type at the very last and shaped to multiply `x` `(B, …)`.
+    """Entries t, int64 `(B,)` in 0 … T-1, of a schedule's table, shaped to multiply `x` and in its type.
 
-    Raises RuntimeError for a t outside the table (on CUDA as a device-side assertion).
+    Raises: RuntimeError for a t outside the table (on CUDA as a device-side assertion).
     """
     return column(table.gather(0, t).to(x.dtype), x)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-47
 def even_log_snr(log_snr, steps, least=-10.2):
-    """`steps` places, rising, float `(steps,)` in 0 … T-1, evenly spaced in a schedule's `log_snr` `(T,)`, falling; the last is T-1. Values below `least` count as that.
+    """`steps` times, rising, float `(steps,)` in 0 … T-1, whose log-SNR is evenly spaced; the last is T-1.
 
-    Source: Lu et al. 2022 (DPM-Solver), uniform in λ = log-SNR / 2; the bound, λ = -5.1, is their code's for the cosine schedule.
+    `log_snr` is that of a schedule, `(T,)` and falling; values below `least` are raised to it.
+
+    Source: Lu et al. 2022 (DPM-Solver), uniform in λ = log-SNR / 2; the bound, λ = -5.1, is their code's for
+    the cosine schedule.
     """
     levels = log_snr.clamp(min=least).cpu().numpy()
-    places = np.interp(np.linspace(levels[0], levels[-1], steps), levels[::-1], np.arange(len(levels))[::-1])
-    places[-1] = len(levels) - 1
+    times = np.arange(len(levels))
+    wanted = np.linspace(levels[0], levels[-1], steps)
+    places = np.interp(wanted, levels[::-1], times[::-1])  # reversed, since np.interp asks for rising levels
+    places[-1] = times[-1]
     return places

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['usual_metrics', 'metric_headings', 'higher_is_better', 'evaluations_of', 'cell_text', 'comparison_rows',
-           'comparison_markdown', 'across_studies', 'ranking', 'probability_better', 'paired_ratio', 'with_interval',
-           'ranking_figure', 'paired_interval']
+           'markdown_table', 'comparison_markdown', 'across_studies', 'ranking', 'probability_better', 'paired_ratio',
+           'with_interval', 'ranking_figure', 'paired_interval']
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-03
 import json
@@ -133,15 +133,36 @@ metric_headings = {
     "training_seconds": "training, s",
 }
 
+# %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-table
+def markdown_table(header, rows):
+    """A table in Markdown: the first column left, the others right; cells are written by `str`.
+
+    Raises: ValueError for a row that has not as many cells as the header.
+    """
+    wrong = [row for row in rows if len(row) != len(header)]
+    if wrong:
+        raise ValueError(f"a row of this table must have {len(header)} cells, got {wrong[0]}")
+    separator = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join([_table_line(header), separator, *map(_table_line, rows)])
+
+
+def _table_line(cells):
+    "One line of a table in Markdown, in which a bar inside of a cell is no border."
+    escaped = [str(cell).replace("|", "\\|") for cell in cells]
+    return "| " + " | ".join(escaped) + " |"
+
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-20
 def comparison_markdown(rows):
-    "The rows of `comparison_rows` as a Markdown table with short `metric_headings`, and a note below it if n is not the same in all of them."
-    head = [metric_headings.get(c, c) for c in rows[0]]
-    lines = ["| " + " | ".join(c.replace("|", "\\|") for c in r) + " |" for r in [head, *rows[1:]]]
-    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
-    if len({r[-1] for r in rows[1:]} - {"–"}) > 1:
-        lines += ["", "n differs between rows. FID falls with n: compare rows of equal n only."]
-    return "\n".join(lines) + "\n"
+    """The rows of `comparison_rows` as a Markdown table with short `metric_headings`.
+
+    A note stands below it if n is not the same in all of them.
+    """
+    header = [metric_headings.get(column, column) for column in rows[0]]
+    text = markdown_table(header, rows[1:]) + "\n"
+    different_n = {row[-1] for row in rows[1:]} - {"–"}
+    if len(different_n) > 1:
+        text += "\nn differs between rows. FID falls with n: compare rows of equal n only.\n"
+    return text
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-23
 def _spread(rows):

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..autoencoders.vae import draw_codes
 from ..core.checkpoints import configured
-from ..core.parameters import at_least
+from ..core.layers import Frozen
+from ..core.parameters import at_least, choice
 from ..diffusion import samplers
 from ..diffusion.conditions import Cond, drop_parts
 from ..diffusion.ddpm import check_system, diffusion_loss
@@ -20,11 +21,16 @@ from ..diffusion.guidance import cfg
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-13
 def shifted(denoiser, x_hat):
-    """Form 2's denoiser: it is given y_t = x_t − x̂ and shows the network x_t; what it returns speaks of x0 and noise as before.
+    """Form 2's denoiser: given y_t = x_t − x̂, it shows the network x_t.
 
-    `x_hat` `(B, C, H, W)`. Source: Pandey et al. 2022, equation 10 and appendix B.2, in the variable y.
+    What it returns is about x0 and the noise, as before. `x_hat` is `(B, C, H, W)`.
+    Source: Pandey et al. 2022, equation 10 and appendix B.2, in the variable y.
     """
-    return lambda y, t, cond=None: denoiser(y + x_hat, t, cond)
+
+    def denoise_shifted(y, t, cond=None):
+        return denoiser(y + x_hat, t, cond)
+
+    return denoise_shifted
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-17
 def check_vae(vae):
@@ -34,157 +40,220 @@ def check_vae(vae):
 
 
 def check_parts(vae, denoiser, use_z=False):
-    "Raises ValueError unless `denoiser` can refine the images of `vae`: same size and channels, x̂ as image condition and no class, z if and only if `use_z`."
+    """Raises ValueError unless `denoiser` can refine the images of `vae`.
+
+    Both must be built for the same size and channels. The denoiser takes x̂ as image condition, no class, and
+    z if and only if `use_z`.
+    """
     check_vae(vae)
     if (vae.size, vae.channels) != (denoiser.size, denoiser.channels):
-        ours, theirs = (f"{m.channels} × {m.size} × {m.size}" for m in (vae, denoiser))
+        drawn = f"{vae.channels} × {vae.size} × {vae.size}"
+        taken = f"{denoiser.channels} × {denoiser.size} × {denoiser.size}"
         raise ValueError(
-            f"the VAE makes images of {ours}, the denoiser takes {theirs}; build both for the same images"
+            f"the VAE makes images of {drawn}, the denoiser takes {taken}; build both for the same images"
         )
     if denoiser.image_channels != vae.channels:
         raise ValueError(
-            f"the denoiser must be conditioned on x̂: build it with image_channels={vae.channels}, not {denoiser.image_channels}"
+            "the denoiser must be conditioned on x̂: "
+            f"build it with image_channels={vae.channels}, not {denoiser.image_channels}"
         )
     if getattr(denoiser, "classes", 0):
         raise ValueError(
             f"a refiner is told no classes; build the denoiser with classes=0, not {denoiser.classes}"
         )
-    wanted, built = vae.z_dim if use_z else 0, denoiser.config["arguments"].get("z_dim", 0)
+    wanted = vae.z_dim if use_z else 0
+    built = denoiser.config["arguments"].get("z_dim", 0)
     if wanted != built:
         raise ValueError(f"with use_z={use_z} the denoiser must be built with z_dim={wanted}, not {built}")
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-20
 def first_of_walk(process, x_hat, noise, start=None):
-    "Where a walk begins, `(B, C, H, W)`: the noise, or x̂ noised to t = `start`. Raises ValueError for a start outside the schedule."
+    """Where a walk begins, `(B, C, H, W)`: at the noise, or at x̂ noised to t = `start`.
+
+    Raises: ValueError for a start outside of the schedule.
+    """
     if start is None:
         return noise
     if not 0 <= start < process.T:
         raise ValueError(f"start must lie in 0 … {process.T - 1}, got {start}")
-    return process.add_noise(x_hat, noise, torch.full((len(x_hat),), start, device=x_hat.device))
+    t = torch.full((len(x_hat),), start, device=x_hat.device)
+    return process.add_noise(x_hat, noise, t)
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-23
 def noised_code(z, share):
-    "√(1 − share) · z + √share · ε for codes `(B, d)`: a `share` in [0, 1] of the way, in variance, to the prior N(0, I)."
-    return (1 - share) ** 0.5 * z + share**0.5 * torch.randn_like(z) if share else z
+    """√(1 − share) · z + √share · ε for codes `(B, d)`, with ε ~ N(0, I).
+
+    `share`, in [0, 1], is how far the code moves to the prior, in variance; at 0 nothing is drawn.
+    """
+    if not share:
+        return z
+    return (1 - share) ** 0.5 * z + share**0.5 * torch.randn_like(z)
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-26
 class Refiner(nn.Module):
-    """Refinement of a given x̂ `(B, C, H, W)` in either form; with `use_z`, given the z `(B, d)` that it was decoded from as well.
+    """Refinement of a given x̂ `(B, C, H, W)` in either form; with `use_z`, given its code z `(B, d)` as well.
 
-    Needs `denoiser`, `process`, `form` and `use_z`, and for guidance `cond_drop`, the share trained without condition. Source: Pandey et al. 2022, section 3.2.
+    A subclass sets `denoiser`, `process`, `form` and `use_z`, and `cond_drop` if it can be guided.
+    Source: Pandey et al. 2022, section 3.2.
     """
 
-    cond_drop = 0.0
+    cond_drop = 0.0  # the share of samples that are trained without their condition
 
     def cond(self, x_hat, z=None):
-        "What the network is told beside x_t: x̂ in both forms, and z with `use_z`; ValueError when it is missing then."
+        """The condition beside x_t: x̂ in both forms, and z with `use_z`.
+
+        Raises: ValueError when z is needed and missing.
+        """
         if self.use_z and z is None:
             raise ValueError("this model is conditioned on z too: give the z that x̂ was decoded from")
         return Cond(image=x_hat, z=z if self.use_z else None)
 
     def model(self, x_hat, guidance=0.0):
-        "The denoiser as process and samplers see it: `shifted` in form 2, with `guidance` w inside. ValueError for guidance that was not trained for."
+        """The denoiser as process and samplers see it: with `guidance` of that weight, `shifted` in form 2.
+
+        Raises: ValueError for guidance that was not trained for.
+        """
         if guidance and not self.cond_drop:
             raise ValueError(
-                "guidance needs a refiner that was trained without its condition at times: train with cond_drop > 0, or leave guidance 0"
+                "guidance needs a refiner that was trained without its condition at times: "
+                "train with cond_drop > 0, or leave guidance 0"
             )
         inner = cfg(self.denoiser, guidance) if guidance else self.denoiser
         return shifted(inner, x_hat) if self.form == 2 else inner
 
     def refiner_loss(self, x0, x_hat, z=None):
-        "The simple loss of refining x̂ to x0: a scalar, mean over pixels and batch. In training mode, conditions are dropped sample by sample."
-        told = drop_parts(self.cond(x_hat, z), self.cond_drop if self.training else 0.0)
-        return diffusion_loss(self.model(x_hat), self.process, x0, told)
+        """The simple loss of refining x̂ to x0: a scalar, mean over pixels and batch.
+
+        In training mode each sample loses its condition with probability `cond_drop`.
+        """
+        dropped = self.cond_drop if self.training else 0.0
+        cond = drop_parts(self.cond(x_hat, z), dropped)
+        return diffusion_loss(self.model(x_hat), self.process, x0, cond)
 
     def steps(
         self,
-        x_hat,
-        z=None,
-        sampler="ddim",
-        seeds=None,
-        temperature=1.0,
-        start=None,
-        guidance=0.0,
-        noise=None,
-        **walk,
+        x_hat,  # images to refine, (B, C, H, W) in [-1, 1]
+        z=None,  # the codes that they were decoded from, (B, d); needed with use_z
+        sampler="ddim",  # by name: ddpm, ddim, dpm_solver or heun
+        seeds=None,  # one a sample, for x_T and the noise of the steps; None: the global generator
+        temperature=1.0,  # scales x_T, and x_T alone
+        start=None,  # begin at this t, with x̂ noised to it; None begins with noise alone
+        guidance=0.0,  # weight w; 0 is unguided
+        noise=None,  # takes the place of a drawn x_T, of x̂'s shape
+        **walk,  # further keywords of the sampler: steps, spacing, clip, …
     ):
-        """Refine x̂: a generator of `Step`s, in y = x − x̂ for form 2, ending in x0 for both. ValueError for noise of another shape, and a temperature below 0.
+        """Refine x̂: a generator of `Step`s that ends in x0; in form 2 those before the last are in y = x − x̂.
 
-        `seeds`, one a sample; `noise` of x̂'s shape in place of a drawn x_T; `temperature` scales x_T alone; `start` = t begins with x̂ noised to t;
-        `guidance` as `model`; the rest as `samplers.reverse`.
+        Raises: ValueError for a temperature below 0, noise of another shape, and what the sampler refuses.
         """
         at_least(0, temperature=temperature)
-        noise = samplers.Noise(x_hat.shape, seeds, device=x_hat.device)() if noise is None else noise
+        if noise is None:
+            noise = samplers.Noise(x_hat.shape, seeds, device=x_hat.device)()
         if noise.shape != x_hat.shape:
             raise ValueError(f"noise must have x̂'s shape {tuple(x_hat.shape)}, got {tuple(noise.shape)}")
-        y_T, cond = first_of_walk(self.process, x_hat, temperature * noise, start), self.cond(x_hat, z)
-        return samplers.sampler_by_name(sampler)(
-            self.model(x_hat, guidance), self.process, y_T, cond=cond, seeds=seeds, start=start, **walk
-        )
+        y_T = first_of_walk(self.process, x_hat, temperature * noise, start)
+        cond = self.cond(x_hat, z)
+        sample = samplers.sampler_by_name(sampler)
+        model = self.model(x_hat, guidance)
+        return sample(model, self.process, y_T, cond=cond, seeds=seeds, start=start, **walk)
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-26b
 def check_refiner(model):
     "Raises ValueError for what does not refine."
     if not isinstance(model, Refiner):
         raise ValueError(
-            f"a {type(model).__name__} refines nothing; give a DiffuseVAE, for example a run of train_diffusevae"
+            f"a {type(model).__name__} refines nothing; "
+            "give a DiffuseVAE, for example a run of train_diffusevae"
         )
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-31
 class TwoStage(Refiner):
-    """A `vae` that draws x̂ and a `denoiser` that refines it, conditioned on x̂ (and on z with `use_z`): what every training of the two shares.
+    """A `vae` that draws x̂ and a `denoiser` that refines it: what every training of the two shares.
 
-    `form` 2 shifts the forward process by x̂ too; `z_noise` is the share of noise in the codes to train on (`noised_code`), `cond_drop` that of samples
-    without condition. Raises ValueError for another form, shares outside [0, 1] and [0, 1), and as `check_parts` and `ddpm.check_system`. Source: Pandey et al. 2022, section 3.
+    Raises: ValueError for another form, shares out of range, or parts that do not fit each other.
+    Source: Pandey et al. 2022, section 3.
     """
 
-    def __init__(self, vae, denoiser, process, form=1, use_z=False, z_noise=0.0, cond_drop=0.0):
+    def __init__(
+        self,
+        vae,  # draws x̂: any VAE
+        denoiser,  # refines it; takes x̂ as image condition, and z with use_z
+        process,  # the Diffusion that the denoiser reverses
+        form=1,  # 1: x̂ is a condition; 2: the forward process is shifted by x̂ too
+        use_z=False,  # the denoiser is conditioned on the code z as well
+        z_noise=0.0,  # share of noise in the codes to train on, in [0, 1] (`noised_code`)
+        cond_drop=0.0,  # share of samples trained without their condition, in [0, 1); guidance needs some
+        augment=None,  # a module that changes the x̂ to train on, in training mode; None leaves it
+    ):
         super().__init__()
-        if form not in (1, 2):
-            raise ValueError(f"form must be 1 or 2, got {form!r}")
+        choice("form", form, (1, 2))
         if not 0 <= z_noise <= 1:
             raise ValueError(f"z_noise must lie in [0, 1], got {z_noise!r}")
         if not 0 <= cond_drop < 1:
             raise ValueError(
-                f"cond_drop must lie in [0, 1), got {cond_drop!r}; at 1 the refiner would never see its condition"
+                f"cond_drop must lie in [0, 1), got {cond_drop!r}; "
+                "at 1 the refiner would never see its condition"
             )
         check_parts(vae, denoiser, use_z)
         check_system(denoiser, process)
-        self.vae, self.denoiser, self.process = vae, denoiser, process
-        self.form, self.use_z, self.z_noise, self.cond_drop = form, use_z, z_noise, cond_drop
+        self.vae = vae
+        self.denoiser = denoiser
+        self.process = process
+        self.form = form
+        self.use_z = use_z
+        self.z_noise = z_noise
+        self.cond_drop = cond_drop
+        self.augment = augment
+
+    def augmented(self, x_hat):
+        "x̂ `(B, C, H, W)` after `augment`, where there is one."
+        return x_hat if self.augment is None else self.augment(x_hat)
 
     @torch.no_grad()
-    def sample_pairs(self, n, seeds=None, **how):
-        "`n` samples of the VAE and their refinements: x̂ and x0, both `(n, C, H, W)` in [-1, 1]. Keywords as `steps`; `seeds` fix z and noise."
+    def sample_pairs(self, n, seeds=None, **walk):
+        """`n` samples of the VAE and their refinements: x̂ and x0, both `(n, C, H, W)` in [-1, 1].
+
+        `seeds`, one a sample, fix z and noise; `walk` are keywords of `steps`.
+        """
         z = draw_codes(self.vae.prior, n, seeds)
         x_hat = self.vae.decode(z)
-        return x_hat, samplers.final_image(self.steps(x_hat, z, seeds=seeds, **how))
+        x0 = samplers.final_image(self.steps(x_hat, z, seeds=seeds, **walk))
+        return x_hat, x0
 
-    def sample(self, n, **how):
-        "`n` refined images. Keywords as `sample_pairs`."
-        return self.sample_pairs(n, **how)[1]
+    def sample(self, n, **walk):
+        "`n` refined images, `(n, C, H, W)` in [-1, 1]; `walk` are `seeds` and keywords of `steps`."
+        _, x0 = self.sample_pairs(n, **walk)
+        return x0
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-33
 @configured
-class DiffuseVAE(TwoStage):
-    """The two-stage model: the `vae` is frozen from now on, the `denoiser` learns. Arguments as `TwoStage`, and ValueError too.
+class DiffuseVAE(Frozen, TwoStage):
+    """The two-stage model: the `vae` is finished and frozen from now on, the `denoiser` learns.
 
-    `augment`, a module, changes the x̂ that it trains on, in training mode (conditioning augmentation: Ho et al. 2022, section 4.2). Source: Pandey et al. 2022, section 3.
+    Raises: ValueError for another form, shares out of range, or parts that do not fit each other.
+    Source: Pandey et al. 2022, section 3; for `augment` Ho et al. 2022 (cascades), section 4.2.
     """
 
-    def __init__(self, vae, denoiser, process, form=1, use_z=False, z_noise=0.0, cond_drop=0.0, augment=None):
-        super().__init__(vae.requires_grad_(False).eval(), denoiser, process, form, use_z, z_noise, cond_drop)
-        self.augment = augment
+    frozen = ("vae",)
 
-    def train(self, mode=True):
-        "The VAE is finished: it stays in evaluation mode."
-        super().train(mode).vae.eval()
-        return self
+    def __init__(
+        self,
+        vae,  # a trained VAE; its weights are frozen
+        denoiser,  # refines x̂; takes x̂ as image condition, and z with use_z
+        process,  # the Diffusion that the denoiser reverses
+        form=1,  # 1: x̂ is a condition; 2: the forward process is shifted by x̂ too
+        use_z=False,  # the denoiser is conditioned on the code z as well
+        z_noise=0.0,  # share of noise in the codes to train on, in [0, 1] (`noised_code`)
+        cond_drop=0.0,  # share of samples trained without their condition, in [0, 1); guidance needs some
+        augment=None,  # a module that changes the x̂ to train on, in training mode; None leaves it
+    ):
+        super().__init__(vae, denoiser, process, form, use_z, z_noise, cond_drop, augment)
+        self.vae.requires_grad_(False).eval()
 
     def loss(self, batch):
-        "The simple loss with x̂ decoded from a z drawn from q(z | x), noised by `z_noise`: `{'loss': scalar}`."
+        "The simple loss for x̂ of a z drawn from q(z | x) and noised by `z_noise`: `{'loss': scalar}`."
         with torch.no_grad():
-            z = noised_code(self.vae.posterior_sample(batch.x)[0], self.z_noise)
-            x_hat = self.vae.decode(z)
-            x_hat = x_hat if self.augment is None else self.augment(x_hat)
+            z, _ = self.vae.posterior_sample(batch.x)
+            z = noised_code(z, self.z_noise)
+            x_hat = self.augmented(self.vae.decode(z))
         return {"loss": self.refiner_loss(batch.x, x_hat, z)}

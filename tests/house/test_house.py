@@ -1,7 +1,10 @@
-"""The house rules: what a lesson must have, which way imports point, what is documented. Every failure names the place.
+"""The house rules: what a lesson must have, which way imports point, what is documented.
 
-How things are counted: words are what stands between blanks in Markdown cells. Assertions are `assert` statements and calls of
-`test_*` helpers in cells that are not exported. No rule counts the lines of a function, a class, a module, or the cells of a lesson.
+Every failure names the place.
+
+How things are counted: words are what stands between blanks in Markdown cells. Assertions are `assert`
+statements and calls of `test_*` helpers in cells that are not exported. No rule counts the lines of a function,
+a class or a module, or the cells of a lesson.
 """
 
 import ast
@@ -33,7 +36,7 @@ UP_TO_HYBRID = {"core", "autoencoders", "diffusion", "hybrid"}
 MAY_IMPORT = {
     "core": {"core"},
     "evaluation": {"core", "evaluation"},
-    "course": {"core", "course"},
+    "course": {"core", "evaluation", "course"},
     "autoencoders": {"core", "autoencoders"},
     "diffusion": {"core", "autoencoders", "diffusion"},
     "hybrid": UP_TO_HYBRID,
@@ -46,7 +49,7 @@ MAY_IMPORT = {
 
 
 class Cell:
-    "A notebook's cell: `kind`, `source`, `outputs`, and for code whether it is `exported` and its syntax `tree`."
+    "A notebook's cell; for code, whether it is `exported`, and its syntax `tree`."
 
     def __init__(self, raw):
         self.id = raw["id"]
@@ -92,7 +95,7 @@ class Lesson:
 
     @property
     def module(self):
-        "The dotted name that it exports to, without the package's: `core.images`; None when it exports nothing."
+        "The dotted name that it exports to, without the package's: `core.images`; None for no export."
         return next(
             (m[1] for c in self.code if (m := re.search(r"^#\s*\|\s*default_exp\s+(\S+)", c.source, re.M))),
             None,
@@ -118,7 +121,7 @@ class Lesson:
         return [n for n in names if not n.startswith("_")]
 
     def section(self, title):
-        "Text and code cells from the heading that matches `title` to the next of its level or above: ('', []) where there is none."
+        "Text and code cells from the heading that matches `title` to the next of its level, or ('', [])."
         text, code, level = [], [], 0
         for cell in self.cells:
             if cell.kind == "code" and level:
@@ -153,7 +156,10 @@ def words_used(tree):
 
 
 def imported(tree, package=""):
-    "Modules of diffusevae that code imports, without the package's name: `core.images`. `package` is that of the code, for relative imports."
+    """Modules of diffusevae that code imports, without the package's name: `core.images`.
+
+    `package` is that of the code, for relative imports.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (
@@ -288,7 +294,7 @@ def test_committed_executed(lesson):
 
 
 def shows(node):
-    "Does a cell that ends with this statement show a picture or a value? Widgets do too, but are not committed."
+    "Does a cell that ends with this show a picture or a value? Widgets do too, but are not committed."
     value = node.value if isinstance(node, ast.Expr) else None
     if isinstance(value, ast.Call):
         return called(value) == "Picture"
@@ -298,19 +304,18 @@ def shows(node):
 @pytest.mark.skipif(not SECONDS.is_file(), reason="no .seconds.json: `make test` runs the notebooks first")
 def test_seconds():
     seconds = json.loads(SECONDS.read_text())
-    slow = seconds.get(
-        "slowness", 1.0
-    )  # of this machine, measured beside the notebooks: the limits are those of another
-    missing = [x.path.name for x in LESSONS if x.path.name not in seconds]
+    missing = [lesson.path.name for lesson in LESSONS if lesson.path.name not in seconds]
     assert not missing, f"not timed, run `.ci/notebooks.py test`: {missing}"
-    own = {x.path.name: seconds[x.path.name] for x in LESSONS}
-    long = {name: s for name, s in own.items() if s > slow * SECONDS_EACH}
-    assert not long, (
-        f"over {slow * SECONDS_EACH:.0f} s ({SECONDS_EACH} on a machine of the usual speed): {long}"
-    )
-    assert statistics.mean(own.values()) <= slow * SECONDS_MEAN, (
-        f"{statistics.mean(own.values()):.1f} s on average, at most {slow * SECONDS_MEAN:.1f} are allowed ({SECONDS_MEAN} on a machine of the usual speed)"
-    )
+
+    # the limits are those of another machine; how much slower this one is was measured beside the notebooks
+    slowness = seconds.get("slowness", 1.0)
+    each, mean = slowness * SECONDS_EACH, slowness * SECONDS_MEAN
+    usual = f"{SECONDS_EACH} and {SECONDS_MEAN} on a machine of the usual speed"
+    own = {lesson.path.name: seconds[lesson.path.name] for lesson in LESSONS}
+    long = {name: taken for name, taken in own.items() if taken > each}
+    assert not long, f"over {each:.0f} s ({usual}): {long}"
+    average = statistics.mean(own.values())
+    assert average <= mean, f"{average:.1f} s on average, at most {mean:.1f} are allowed ({usual})"
 
 
 # ---------------------------------------------------------------- a question
@@ -322,7 +327,7 @@ def test_the_three_questions_are_asked():
 
 @each_question
 def test_a_question_is_answered_from_records(question):
-    "Read, not trained; every number that the answer gives is computed; and short enough to be read in one sitting."
+    "Read, not trained; every number that the answer gives is computed."
     code = "\n".join(c.source for c in question.code)
     records = re.findall(r'"\.\./(runs/records/\w+\.json)"', code)
     assert records and all((ROOT / "nbs" / r).is_file() for r in records), (
@@ -472,7 +477,10 @@ def found(test, except_in=()):
 
 
 def test_core_devices_alone_names_devices():
-    "Anything else is given a device or follows its tensors. What is stored in files is on the CPU, so core.checkpoints and `map_location` may say so."
+    """Anything else is given a device or follows its tensors.
+
+    What is stored in files is on the CPU, so core.checkpoints and `map_location` may say so.
+    """
 
     def accelerator(node):
         named = (
@@ -497,7 +505,7 @@ def test_core_devices_alone_names_devices():
 
 
 def test_nothing_is_unpickled():
-    "Loading a pickle runs whatever its author wished. Weights from elsewhere that exist as pickles only are read as tensors alone."
+    "Loading a pickle runs whatever its author wished. Weights from elsewhere are read as tensors."
 
     def unpickles(node):
         name = dotted(node.func) if isinstance(node, ast.Call) else ""

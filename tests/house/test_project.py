@@ -1,4 +1,4 @@
-"""The project as a whole: exported, clean, importable without its tools, installable, and the same wherever it is written down."""
+"""The project as a whole: exported, clean, importable without its tools, installable, written down once."""
 
 import json
 import os
@@ -141,7 +141,10 @@ def test_nothing_calls_quarto():
 BARE = """
 import importlib, importlib.abc, pkgutil, re, sys
 sys.path.insert(0, {root!r})
-tools = re.compile(r"(nbdev|fastcore|execnb|ghapi|IPython|ipykernel|ipywidgets|jupyter\\w*|notebook|nbformat|nbclient|nbconvert|papermill|pytest)$")
+tools = re.compile(
+    r"(nbdev|fastcore|execnb|ghapi|IPython|ipykernel|ipywidgets|jupyter\\w*|notebook"
+    r"|nbformat|nbclient|nbconvert|papermill|pytest)$"
+)
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -174,7 +177,7 @@ def test_console_script(tmp_path):
 
 
 def test_wheel(checkout, tmp_path):
-    "Built from the source distribution, so that this is complete too: it holds modules, run notebooks, recipes and weights, nothing else."
+    "Built from the source distribution, which is complete: modules, run notebooks, recipes, weights."
     call(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", checkout)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as z:
@@ -207,7 +210,10 @@ def test_wheel(checkout, tmp_path):
 
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path / "site")
-    code = "import diffusevae.core.records, diffusevae.core.parameters as r, sys; print(r.__file__, *sorted(p.name for p in r.notebooks().iterdir()))"
+    code = (
+        "import diffusevae.core.parameters as p\n"
+        "print(p.__file__, *sorted(path.name for path in p.notebooks_folder().iterdir()))"
+    )
     where, *names = call(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
     assert where.startswith(str(tmp_path / "site")) and "recipes" in names and "train_vae.ipynb" in names
 

@@ -473,7 +473,7 @@ def test_paired_interval():
         ),
         (lambda: AdaptiveDiffuseVAE(vae(), net(3), process(), FixedGate()), "takes 3 × 8 × 8"),
         (lambda: AdaptiveDiffuseVAE(vae(), net(z_dim=3), process(), FixedGate()), "z_dim=0, not 3"),
-        (lambda: adaptive(FixedGate(), form=3), "form must be 1 or 2"),
+        (lambda: adaptive(FixedGate(), form=3), "form must be one of 1, 2; got 3"),
         (lambda: adaptive(FixedGate(), slope=-1.0), "slope ≥ 0"),
         (lambda: adaptive(FixedGate(), residual=0.0), "residual > 0"),
         (lambda: adaptive(FixedGate(), draws=1), "at least 2 draws"),

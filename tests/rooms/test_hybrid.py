@@ -206,7 +206,7 @@ def test_shares_out_of_range_and_missing_conditions_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             system(**wrong)
-    with pytest.raises(ValueError, match="form must be 1 or 2, got 0"):
+    with pytest.raises(ValueError, match="form must be one of 1, 2; got 0"):
         system(form=0)
     model, x_hat = system(use_z=True).eval(), torch.rand(2, 1, 8, 8)
     with pytest.raises(ValueError, match="give the z"):

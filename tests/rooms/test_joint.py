@@ -393,12 +393,12 @@ def test_terms_grow_with_the_error_and_have_gradients():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: system(stop="decoder"), "stop must be one of none, encoder, x_hat"),
+        (lambda: system(stop="decoder"), "stop must be one of none, encoder, x_hat; got 'decoder'"),
         (lambda: system(lambda_vae=-0.1), "finite and not negative"),
         (lambda: system(lambda_diff=float("nan")), "finite and not negative"),
         (lambda: system(lambda_diff=Ramp(0.0, 1.0, 0)), "at least one step, got 0"),
-        (lambda: system(vae_lr=-1.0), "vae_lr scales the learning rate"),
-        (lambda: system(form=3), "form must be 1 or 2"),
+        (lambda: system(vae_lr=-1.0), "vae_lr must be a finite number of at least 0, got -1.0"),
+        (lambda: system(form=3), "form must be one of 1, 2; got 3"),
         (lambda: system(z_noise=2.0), "z_noise must lie in"),
         (lambda: system(vae=VAE(16, z_dim=3, width=4)), "VAE makes images of 1 × 16 × 16"),
         (

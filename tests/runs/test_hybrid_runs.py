@@ -267,7 +267,7 @@ def test_wrong_settings_are_refused(study, tmp_path, notebook, given, message):
 
 @pytest.mark.timeout(120)
 def test_no_vae_is_trained_for_a_refiner_that_cannot_be_built(study, tmp_path):
-    with pytest.raises(runs.RunFailed, match="form must be 1 or 2"):
+    with pytest.raises(runs.RunFailed, match="form must be one of 1, 2; got 3"):
         runs.run("train_diffusevae", tmp_path / "straight", vae="", form=3, **TRAIN)
     assert not (tmp_path / "straight" / "vae").exists()
 

@@ -256,7 +256,7 @@ def test_folder_of_another_run_is_not_touched(tiny_study, tmp_path):
 def test_bare_papermill_checks_parameters_too(tmp_path):
     import papermill
 
-    path, out = records.find("train_vae"), tmp_path / "out.ipynb"
+    path, out = find_notebook("train_vae"), tmp_path / "out.ipynb"
     for bad, sentence in (({"stpes": 3}, "did you mean 'steps'"), ({"steps": "3"}, "steps must be int")):
         run_dir = tmp_path / next(iter(bad))
         with pytest.raises(papermill.PapermillExecutionError, match=sentence):
@@ -272,7 +272,7 @@ def test_bare_papermill_runs_to_the_end(tmp_path):
     import papermill
 
     papermill.execute_notebook(
-        records.find("train_vae"),
+        find_notebook("train_vae"),
         tmp_path / "out.ipynb",
         parameters={**TINY["train_vae"], "run_dir": str(tmp_path / "run")},
         progress_bar=False,
