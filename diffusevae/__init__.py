@@ -32,7 +32,7 @@ def _homes():
 
 
 def _chapters():
-    "{sub-package: its rooms}, in the order of the house."
+    "{sub-package: its rooms}."
     rooms = {}
     for module in dict.fromkeys(_homes().values()):
         _, *chapter, room = module.split(".")
@@ -45,7 +45,8 @@ def _no_such(name):
     near = difflib.get_close_matches(name, _homes(), n=3)
     hint = f", did you mean {' or '.join(near)}?" if near else "."
     rooms = "; ".join(f"{chapter} ({', '.join(names)})" for chapter, names in _chapters().items() if chapter)
-    return f"diffusevae has no {name!r}{hint} Its names are those of its rooms: {rooms}. dir(diffusevae) lists them"
+    there = f"Its names are those of its rooms: {rooms}. dir(diffusevae) lists them"
+    return f"diffusevae has no {name!r}{hint} {there}"
 
 
 def __getattr__(name):

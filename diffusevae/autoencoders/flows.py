@@ -18,9 +18,13 @@ from ..core.layers import zero_init
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-06
 class Flow(nn.Module):
-    """Invertible layers in a row: `forward(z) -> (z', log|det ∂z'/∂z|)`, `(B, dim)` to `(B, dim)`, `(B,)`; `inverse` has the same shapes.
+    """Invertible layers in a row: `forward(z)` of codes `(B, dim)` gives z' `(B, dim)` and log|det ∂z'/∂z| `(B,)`.
 
-    Raises ValueError for fewer than `least` dimensions, no layers, or codes of another size. Source: Rezende and Mohamed 2015, equation 7.
+    `inverse(z')` gives z and the log-determinant of the way back. The layers stand in `maps`, and have both
+    directions, too.
+
+    Raises: ValueError for fewer than `least` dimensions, no layers, or codes of another size.
+    Source: Rezende and Mohamed 2015, equation 7.
     """
 
     context = 0  # numbers of side information that each layer is given
@@ -29,9 +33,11 @@ class Flow(nn.Module):
         super().__init__()
         if dim < least or layers < 1:
             raise ValueError(
-                f"{type(self).__name__} needs dim of at least {least} and one layer or more, got dim={dim} and layers={layers}"
+                f"{type(self).__name__} needs dim of at least {least} and one layer or more, "
+                f"got dim={dim} and layers={layers}"
             )
-        self.dim, self.maps = dim, nn.ModuleList()
+        self.dim = dim
+        self.maps = nn.ModuleList()
 
     def check(self, z):
         "Raises ValueError unless z is `(B, dim)`."
@@ -41,7 +47,10 @@ class Flow(nn.Module):
             )
 
     def steps(self, z, *h):
-        "z after each layer and log|det| of this layer alone: a generator of `(B, dim)`, `(B,)`. `h` `(B, context)` where there is one."
+        """A generator of z `(B, dim)` after each layer, and log|det| `(B,)` of this layer alone.
+
+        `h` `(B, context)` is the context of each code, for flows that have one.
+        """
         for layer in self.maps:
             z, log_det = layer(z, *h)
             yield z, log_det
@@ -63,19 +72,25 @@ class Flow(nn.Module):
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-10
 def planar_root(y, k, halvings=60):
-    "The a with a + k·tanh(a) = y for each y `(B,)`, by bisection; k >= -1, so that there is exactly one. Source: Rezende and Mohamed 2015, appendix A.1."
-    low, high = y - abs(k), y + abs(k)
+    """The a with a + k·tanh(a) = y for each y `(B,)`, by bisection; k ≥ −1, so that there is exactly one.
+
+    Source: Rezende and Mohamed 2015, appendix A.1.
+    """
+    low = y - abs(k)
+    high = y + abs(k)
     for _ in range(halvings):
         middle = (low + high) / 2
-        below = middle + k * middle.tanh() < y
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        too_small = middle + k * middle.tanh() < y
+        low = torch.where(too_small, middle, low)
+        high = torch.where(too_small, high, middle)
     return (low + high) / 2
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-13
 @configured
 class Planar(Flow):
-    """z + û tanh(w·z + b), `layers` times. `inverse` is numerical and carries no gradient. Raises ValueError as `Flow`.
+    """z + û tanh(w·z + b), `layers` times. `inverse` is numerical and carries no gradient.
 
+    Raises: ValueError for dim or layers below 1, and for codes of another size.
     Source: Rezende and Mohamed 2015, equations 10 to 12 and appendix A.1.
     """
 
@@ -86,52 +101,65 @@ class Planar(Flow):
         self.u = nn.Parameter(math.log(math.e - 1) * self.w.detach())  # where û = 0
 
     def constrained(self):
-        "û `(layers, dim)` and 1 + w·û `(layers,)`, which is positive whatever u and w are."
-        squared, wu = self.w.square().sum(1), (self.w * self.u).sum(1)
-        slope = torch.where(
-            squared > 0, F.softplus(wu).clamp(min=1e-6), 1.0
-        )  # without a direction w nothing can fold
-        return self.u + ((slope - 1 - wu) / squared.clamp(min=1e-30))[:, None] * self.w, slope
+        "û `(layers, dim)` and the slope 1 + w·û `(layers,)`, which is positive whatever u and w are."
+        w_squared = self.w.square().sum(1)
+        wu = (self.w * self.u).sum(1)
+        slope = F.softplus(wu).clamp(min=1e-6)  # 1 + m(w·u)
+        slope = torch.where(w_squared > 0, slope, 1.0)  # without a direction w nothing can fold
+        along_w = (slope - 1 - wu) / w_squared.clamp(min=1e-30)  # (m(w·u) − w·u) / ‖w‖²
+        return self.u + along_w[:, None] * self.w, slope
 
     def steps(self, z):
         for w, b, u, slope in zip(self.w, self.b, *self.constrained()):
-            h = torch.tanh((z * w).sum(1) + b)  # a sum, not a matrix product: mixed precision leaves it alone
+            h = torch.tanh((z * w).sum(1) + b)  # no matrix product: mixed precision leaves it alone
             z = z + u * h[:, None]
-            yield z, (h.square() + (1 - h.square()) * slope).abs().log()
+            det = h.square() + (1 - h.square()) * slope
+            yield z, det.abs().log()
 
     @torch.no_grad()
     def inverse(self, z):
         self.check(z)
         for w, b, u, slope in reversed(list(zip(self.w, self.b, *self.constrained()))):
-            z = z - u * planar_root((z * w).sum(1) + b, slope - 1).tanh()[:, None]
-        return z, -self(z)[1]
+            a = planar_root((z * w).sum(1) + b, slope - 1)
+            z = z - u * a.tanh()[:, None]
+        _, log_det = self(z)
+        return z, -log_det
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-19
 def bounded_network(first, second, last):
-    "A network of three linear layers whose last hidden units are bounded, and whose output is zero to begin with."
+    "Three linear layers as a network whose last hidden units are bounded, and whose output is zero at first."
     return nn.Sequential(first, nn.SiLU(), second, nn.Tanh(), zero_init(last))
 
 
 def scale_and_shift(network, z):
-    "What a network `(B, d) -> (B, 2 d)` says of z: log-scales in [-1, 1] and shifts, both `(B, d)` in z's own precision."
+    """The log-scales in [-1, 1] and the shifts that a network `(B, d) -> (B, 2 d)` gives for z: `(B, d)` each.
+
+    They are in z's own precision, also where the network computes in a lower one.
+    """
     raw, shift = network(z).to(z.dtype).chunk(2, dim=1)
     return raw.tanh(), shift
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-21
 class Coupling(nn.Module):
-    "One affine coupling: every second coordinate (the even ones, or the odd ones) is scaled and shifted by a network of the others."
+    """One affine coupling: every second coordinate is scaled and shifted by a network of the others.
+
+    With `odd` 1 the odd coordinates change, with 0 the even ones; `mask` is 1 for those that do not.
+    """
 
     def __init__(self, dim, hidden, odd):
         super().__init__()
-        self.register_buffer("keep", ((torch.arange(dim) + odd) % 2).float(), persistent=False)
+        mask = ((torch.arange(dim) + odd) % 2).float()
+        self.register_buffer("mask", mask, persistent=False)
         self.network = bounded_network(
-            nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 2 * dim)
+            nn.Linear(dim, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, 2 * dim),
         )
 
     def affine(self, z):
-        "Log-scales and shifts, 0 where coordinates are kept: `(B, d)` each."
-        log_scale, shift = scale_and_shift(self.network, z * self.keep)
-        return log_scale * (1 - self.keep), shift * (1 - self.keep)
+        "Log-scales and shifts, 0 for the coordinates that do not change: `(B, d)` each."
+        log_scale, shift = scale_and_shift(self.network, z * self.mask)
+        return log_scale * (1 - self.mask), shift * (1 - self.mask)
 
     def forward(self, z):
         log_scale, shift = self.affine(z)
@@ -144,7 +172,11 @@ class Coupling(nn.Module):
 
 @configured
 class RealNVP(Flow):
-    "Affine couplings with alternating masks; both directions cost one pass. Raises ValueError as `Flow`, also for dim=1. Source: Dinh et al. 2017, equation 9."
+    """Affine couplings with alternating masks; both directions cost one pass.
+
+    Raises: ValueError for dim below 2, layers below 1, and for codes of another size.
+    Source: Dinh et al. 2017, equation 9.
+    """
 
     def __init__(self, dim, layers=6, hidden=64):
         super().__init__(dim, layers, least=2)  # one coordinate alone has nothing to be conditioned on
@@ -152,7 +184,11 @@ class RealNVP(Flow):
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-24
 class MaskedLinear(nn.Linear):
-    "A linear layer whose weight from a unit of degree j to one of degree i survives if i >= j, or only if i > j when `strict`. Degrees: `(inputs,)`, `(outputs,)`."
+    """A linear layer in which a weight from a unit of degree j to one of degree i survives if i ≥ j.
+
+    If it is `strict`, only where i > j. Degrees are given as integers, `before` `(inputs,)` and `after`
+    `(outputs,)`.
+    """
 
     def __init__(self, before, after, strict=False):
         super().__init__(len(before), len(after))
@@ -164,19 +200,27 @@ class MaskedLinear(nn.Linear):
 
 
 def masked_network(dim, hidden, context=0):
-    "A network `(B, context + dim) -> (B, 2 dim)`, zero to begin with, whose outputs i and dim + i see the context and inputs before i only. Source: Germain et al. 2015, equations 8 and 9."
-    least = 0 if context else 1  # units of degree 0 see the context alone
-    places, degrees = torch.arange(dim) + 1, torch.arange(hidden) % (dim - least) + least
-    seen = torch.cat([torch.zeros(context, dtype=places.dtype), places])
+    """A network `(B, context + dim) -> (B, 2 dim)` whose outputs i and dim + i see the inputs before i only.
+
+    All of them see the context, which stands in front. It is zero to begin with.
+
+    Source: Germain et al. 2015, equations 8 and 9.
+    """
+    coordinates = torch.arange(dim) + 1  # their degrees: 1 … dim
+    of_context = torch.zeros(context, dtype=coordinates.dtype)
+    of_inputs = torch.cat([of_context, coordinates])
+    least = 0 if context else 1  # hidden units of degree 0 see the context alone
+    of_hidden = torch.arange(hidden) % (dim - least) + least  # least … dim − 1, over and over
+    of_outputs = coordinates.repeat(2)  # the log-scales, then the shifts
     return bounded_network(
-        MaskedLinear(seen, degrees),
-        MaskedLinear(degrees, degrees),
-        MaskedLinear(degrees, places.repeat(2), strict=True),
+        MaskedLinear(of_inputs, of_hidden),
+        MaskedLinear(of_hidden, of_hidden),
+        MaskedLinear(of_hidden, of_outputs, strict=True),
     )
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-27
 class Autoregressive(nn.Module):
-    "One affine autoregressive map, then the coordinates in reverse order; `inverse` takes one pass of the network for each dimension."
+    "One affine autoregressive map, then the coordinates in reverse order; `inverse` takes `dim` passes."
 
     def __init__(self, dim, hidden, context=0):
         super().__init__()
@@ -187,22 +231,25 @@ class Autoregressive(nn.Module):
         return (z * log_scale.exp() + shift).flip(1), log_scale.sum(1)
 
     def inverse(self, z, *h):
-        target, z = z.flip(1), torch.zeros_like(z)
+        target = z.flip(1)
+        z = torch.zeros_like(z)
         place = torch.arange(z.shape[1], device=z.device)
         for i in place:
             log_scale, shift = scale_and_shift(self.network, torch.cat([*h, z], dim=1))
-            z = torch.where(
-                place <= i, (target - shift) * (-log_scale).exp(), 0.0
-            )  # what is not known yet must not grow beyond bounds
+            solved = (target - shift) * (-log_scale).exp()
+            z = torch.where(place <= i, solved, 0.0)  # what is not known yet must not grow beyond bounds
         return z, -log_scale.sum(1)
 
 
 @configured
 class IAF(Flow):
-    """Affine autoregressive maps by masked networks, reversed between: one pass forward, `dim` passes a layer back. With `context`, each layer is given
-    as many numbers besides, `forward(z, h)`: what an encoder has to say of the image.
+    """Affine autoregressive maps by masked networks, with the coordinates reversed after each.
 
-    Raises ValueError as `Flow`, also for dim=1. Source: Kingma et al. 2016, section 4; the scale is a bounded exponential here, not their gate.
+    They cost one pass forward, and `dim` passes a layer back. With `context`, each layer is given as many
+    numbers besides, `forward(z, h)`: what an encoder gives for the image.
+
+    Raises: ValueError for dim below 2, layers below 1, and for codes of another size.
+    Source: Kingma et al. 2016, section 4; the scale is a bounded exponential here, not their gate.
     """
 
     def __init__(self, dim, layers=4, hidden=64, context=0):

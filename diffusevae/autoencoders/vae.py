@@ -83,7 +83,7 @@ class Beta(nn.Module):
 
 # %% ../../nbs/3_autoencoders/03_vae.ipynb #vae-through-flow
 def through_flow(q, flow, z0, draws=1):
-    """Codes z0 of the posterior q sent through `flow`, with the context that q has, if any: z, log|det ∂z/∂z0|.
+    """Codes z0 of a posterior q sent through `flow`, with q's context if it has one: z and log|det ∂z/∂z0|.
 
     z0 is `(draws · B, d)`, the draws of an image side by side; z has its shape, the log-determinant one
     number a row. Where the flow is None, z is z0 and the log-determinant 0.
@@ -97,7 +97,9 @@ def through_flow(q, flow, z0, draws=1):
 
 # %% ../../nbs/3_autoencoders/03_vae.ipynb #vae-16
 class VAEBase(nn.Module):
-    """What every VAE does, given `encode(x)`, `decode(z)`, `prior`, `likelihood` and `objective`; terms in nats.
+    """What every VAE does, given `encode(x)`, `decode(z)`, a `prior`, a `likelihood` and an `objective`.
+
+    All terms are in nats.
 
     Source: Kingma and Welling 2014, equations 3 and 7; with a `flow`, Rezende and Mohamed 2015, equation 5.
     """
@@ -105,7 +107,7 @@ class VAEBase(nn.Module):
     flow = None  # (z) -> (z', log|det|), on top of the Gaussian posterior
 
     def draw(self, x):
-        "q(z0 | x), a z and log q(z | x) of images: a distribution, `(B, z_dim)`, `(B,)`; z is z0 without flow."
+        "q(z0 | x), a z and log q(z | x) of images x: a distribution, codes `(B, z_dim)` and nats `(B,)`."
         q = self.encode(x)
         z0 = q.rsample()
         z, log_det = through_flow(q, self.flow, z0)
@@ -127,7 +129,10 @@ class VAEBase(nn.Module):
         return (log_q - self.prior.log_prob(z))[:, None]
 
     def loss(self, batch):
-        "The objective of distortion and rate: nats, sums over pixels and latent dimensions, means over the batch."
+        """The objective, the distortion (`reconstruction`) and the rate (`kl`) of a `Batch`, in nats.
+
+        They are sums over pixels and latent dimensions, and means over the batch.
+        """
         _, _, distortion, kl = elbo_terms(self, batch.x)
         loss, logged = self.objective(distortion, kl)
         return {"loss": loss, "reconstruction": distortion, "kl": kl.sum(), **logged}
@@ -140,7 +145,7 @@ class VAEBase(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, seeds=None):
-        "The decoder's means for `n` codes of the prior, `(n, C, H, W)`; `seeds`, if given, are one for each."
+        "The decoder's means for `n` codes of the prior, `(n, C, H, W)`; `seeds`, if given, one for each."
         return self.decode(draw_codes(self.prior, n, seeds))
 
 # %% ../../nbs/3_autoencoders/03_vae.ipynb #vae-18

@@ -14,20 +14,23 @@ import warnings
 import torch
 from torch import nn
 
-from .checkpoints import configured
+from .parameters import choice
 from .pixels import column
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-06
 def per_image(severity, x):
     "A severity, one number or float `(B,)`, as one for each image of `x`, shaped to multiply it."
-    return column(torch.as_tensor(severity, dtype=x.dtype, device=x.device).expand(len(x)), x)
+    severity = torch.as_tensor(severity, dtype=x.dtype, device=x.device)
+    return column(severity.expand(len(x)), x)
 
 
 def _drawn(sampler, shape, x, generator):
-    "Random numbers like `x` by torch.rand or torch.randn, from the generator, wherever it lives, or from the global one."
-    return sampler(shape, generator=generator, device=x.device if generator is None else generator.device).to(
-        x
-    )
+    """Random numbers of this shape, of the type and on the device of `x`, by torch.rand or torch.randn.
+
+    They are drawn where the generator lives; None is the global one of the device of `x`.
+    """
+    device = x.device if generator is None else generator.device
+    return sampler(shape, generator=generator, device=device).to(x)
 
 
 def noise(x, sigma, generator=None):
@@ -36,95 +39,138 @@ def noise(x, sigma, generator=None):
 
 
 def quantize(x, step, generator=None):
-    "Each number moved to the nearest of the levels -1, -1 + step, … up to 1: a `step` of 2 / (L - 1) leaves L levels, 0 the image as it is. Draws nothing."
+    """Each number moved to the nearest of the levels -1, -1 + step, … up to 1.
+
+    A `step` of 2 / (L - 1) leaves L levels, 0 the image as it is.
+    """
     step = per_image(step, x)
     levels = ((x + 1) / step.clamp(min=1e-6)).round() * step - 1
     return torch.where(step > 0, levels.clamp(max=1), x)
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-09
 def apply_separable(x, down, across):
-    "Images `(B, C, H, W)`, each with its own matrix `(B, h, H)` applied to its columns and `(B, w, W)` to its rows: `(B, C, h, w)`."
+    """Images `(B, C, H, W)`, each with its own matrix for its columns and another for its rows.
+
+    `down` is `(B, h, H)`, `across` `(B, w, W)`, and the result `(B, C, h, w)`.
+    """
     return down[:, None] @ x @ across[:, None].mT
 
 
 def gaussian_weights(n, sigma):
-    "Gaussian weights of `n` pixels around each of them, for widths `sigma` `(B,)` in pixels: `(B, n, n)`, rows of sum 1."
+    """Gaussian weights of `n` pixels around each of them: `(B, n, n)`, rows of sum 1.
+
+    `sigma` `(B,)` are the widths in pixels.
+    """
     i = torch.arange(n, device=sigma.device)
-    w = torch.exp(-((i - i[:, None]) ** 2) / (2 * sigma.clamp(min=1e-3) ** 2)[:, None, None])
-    return w / w.sum(2, keepdim=True)
+    squared_distances = (i - i[:, None]) ** 2
+    variances = (sigma.clamp(min=1e-3) ** 2)[:, None, None]
+    weights = torch.exp(-squared_distances / (2 * variances))
+    return weights / weights.sum(2, keepdim=True)
 
 
 def blur(x, sigma, generator=None):
-    "A Gaussian filter of standard deviation `sigma` pixels; what lies beyond the border has no weight. Draws nothing."
+    "A Gaussian filter of standard deviation `sigma` pixels; what lies beyond the border has no weight."
     sigma = per_image(sigma, x).flatten()
-    return apply_separable(x, *(gaussian_weights(n, sigma) for n in x.shape[2:]))
+    height, width = x.shape[2:]
+    return apply_separable(x, gaussian_weights(height, sigma), gaussian_weights(width, sigma))
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-13
 def bicubic_kernel(u):
-    "The bicubic kernel of distances `u` in pixels: 1 at 0, 0 at all other whole numbers and beyond 2. Source: Keys 1981, equation 15."
+    """The bicubic kernel of distances `u` in pixels: 1 at 0, 0 at all other whole numbers and beyond 2.
+
+    Source: Keys 1981, equation 15.
+    """
     u = u.abs()
-    near, far = (1.5 * u - 2.5) * u**2 + 1, ((2.5 - 0.5 * u) * u - 4) * u + 2
-    return torch.where(u < 1, near, torch.where(u < 2, far, 0.0))
+    inner = (1.5 * u - 2.5) * u**2 + 1
+    outer = ((2.5 - 0.5 * u) * u - 4) * u + 2
+    return torch.where(u < 1, inner, torch.where(u < 2, outer, 0.0))
 
 
 def resize_weights(old, new, n):
-    "Bicubic weights, antialiased, that make rows of `new` pixels from rows of `old`, both `(B,)` and at most `n`: `(B, n, n)`, 0 beyond the grids."
-    old, new, i = old[:, None, None], new[:, None, None], torch.arange(n, device=old.device)
+    """Bicubic weights, antialiased, that make rows of `new` pixels from rows of `old`: `(B, n, n)`.
+
+    `old` and `new` are `(B,)`, at most `n`. Weights beyond these grids are 0.
+    """
+    old = old[:, None, None]
+    new = new[:, None, None]
+    i = torch.arange(n, device=old.device)
     scale = old / new
-    w = bicubic_kernel((i + 0.5 - (i[:, None] + 0.5) * scale) / scale.clamp(min=1)) * (i < old)
-    return torch.where(i[:, None] < new, w / w.sum(2, keepdim=True), 0.0)
+    centres = (i[:, None] + 0.5) * scale  # of the new pixels, in old ones
+    distances = (i + 0.5 - centres) / scale.clamp(min=1)
+    weights = bicubic_kernel(distances) * (i < old)
+    return torch.where(i[:, None] < new, weights / weights.sum(2, keepdim=True), 0.0)
 
 
 def lowres(x, factor, generator=None):
-    "Bicubic down by `factor` ≥ 1 and up again; a side of n pixels is n / factor in between, rounded, at least one. May leave [-1, 1]. Draws nothing."
+    """Bicubic down by `factor` ≥ 1 and up again. May leave [-1, 1].
+
+    In between, a side of n pixels has n / factor, rounded, at least one.
+    """
     factor = per_image(factor, x).flatten()
 
-    def there_and_back(n):
+    def down_and_up(n):
+        "The two steps for sides of `n` pixels as one matrix each, `(B, n, n)`."
         full = torch.full_like(factor, n)
         small = (full / factor).round().clamp(min=1)
-        return resize_weights(small, full, n) @ resize_weights(full, small, n)
+        down = resize_weights(full, small, n)
+        up = resize_weights(small, full, n)
+        return up @ down
 
-    return apply_separable(x, *(there_and_back(n) for n in x.shape[2:]))
+    height, width = x.shape[2:]
+    return apply_separable(x, down_and_up(height), down_and_up(width))
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-16
 def occlude(x, share, generator=None, value=0.0):
-    "A rectangle of the image's proportions over `share` of its area, at a random place, filled with `value` (0: grey). Sides are rounded to whole pixels."
-    u, side = _drawn(torch.rand, (len(x), 2), x, generator), per_image(share, x).flatten().sqrt()
+    """Images under a rectangle over `share` of their area, at a random place, filled with `value`; 0 is grey.
 
-    def inside(n, u):
-        long, i = (n * side).round(), torch.arange(n, device=x.device)
-        first = (u * (n - long + 1)).floor()
-        return (first[:, None] <= i) & (i < (first + long)[:, None])
+    The rectangle has the image's proportions. The rectangle's sides are rounded to whole pixels.
+    """
+    place = _drawn(torch.rand, (len(x), 2), x, generator)  # 0 at one end of a side, 1 at the other
+    side = per_image(share, x).flatten().sqrt()  # as a share of the image's side
 
-    down, across = (inside(n, u[:, axis]) for axis, n in enumerate(x.shape[2:]))
-    return torch.where((down[:, :, None] & across[:, None])[:, None], value, x)
+    def inside(n, place):
+        "Which of the `n` pixels of a side the rectangle covers, `(B, n)`."
+        i = torch.arange(n, device=x.device)
+        length = (n * side).round()
+        first = (place * (n - length + 1)).floor()
+        return (first[:, None] <= i) & (i < (first + length)[:, None])
+
+    height, width = x.shape[2:]
+    down = inside(height, place[:, 0])
+    across = inside(width, place[:, 1])
+    hidden = down[:, :, None] & across[:, None]
+    return torch.where(hidden[:, None], value, x)
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-19
-corruptions = {f.__name__: f for f in (noise, blur, quantize, occlude, lowres)}
+corruptions = {"noise": noise, "blur": blur, "quantize": quantize, "occlude": occlude, "lowres": lowres}
 # the least severity, which leaves an image as it is, and the largest
 limits = {
-    "noise": (0.0, math.inf),
-    "blur": (0.0, math.inf),
-    "quantize": (0.0, 2.0),
-    "occlude": (0.0, 1.0),
-    "lowres": (1.0, math.inf),
+    "noise": (0.0, math.inf),  # standard deviation
+    "blur": (0.0, math.inf),  # standard deviation in pixels
+    "quantize": (0.0, 2.0),  # distance of the levels
+    "occlude": (0.0, 1.0),  # share of the area
+    "lowres": (1.0, math.inf),  # factor
 }
 
 
 def check_image_range(x):
-    "Raises ValueError unless `x` are images, float `(B, 1 or 3, H, W)` in [-1, 1]; warns when they seem to be in [0, 1]."
+    """Warns when the images `x` seem to be in [0, 1].
+
+    Raises: ValueError unless they are float `(B, 1 or 3, H, W)` in [-1, 1], at least one.
+    """
     if not torch.is_tensor(x) or not x.is_floating_point():
-        raise ValueError(
-            f"floats in [-1, 1] are needed, got {getattr(x, 'dtype', type(x).__name__)}; convert uint8 images by to_float"
-        )
+        got = getattr(x, "dtype", type(x).__name__)
+        raise ValueError(f"floats in [-1, 1] are needed, got {got}; convert uint8 images by to_float")
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not x.numel():
         raise ValueError(
-            f"images (B, 1 or 3, H, W) are needed, at least one, got {tuple(x.shape)}; one image is a batch of one, x[None]"
+            f"images (B, 1 or 3, H, W) are needed, at least one, got {tuple(x.shape)}; "
+            "one image is a batch of one, x[None]"
         )
     low, high = (float(v) for v in x.detach().aminmax())
     if not (-1.001 <= low and high <= 1.001):
         raise ValueError(
-            f"images must lie in [-1, 1], got {low:.3g} … {high:.3g}; scale them (x / 127.5 - 1 for 0 … 255), or clip noisy ones by x.clamp(-1, 1)"
+            f"images must lie in [-1, 1], got {low:.3g} … {high:.3g}; "
+            "scale them (x / 127.5 - 1 for 0 … 255), or clip noisy ones by x.clamp(-1, 1)"
         )
     if low >= 0 and high > 0:
         warnings.warn(
@@ -134,62 +180,88 @@ def check_image_range(x):
 
 
 def check_severity(kind, severity, n=None):
-    "Raises ValueError unless `kind` is in `corruptions` and `severity`, one number or n of them, within its `limits`."
-    if kind not in corruptions:
-        raise ValueError(f"kind must be one of {', '.join(corruptions)}, got {kind!r}")
-    s, (least, most) = torch.as_tensor(severity, dtype=torch.float64), limits[kind]
-    if s.ndim and s.shape != (n,):
-        raise ValueError(f"one severity is needed, or one for each of the {n} images, got {tuple(s.shape)}")
-    if not (s.isfinite() & (s >= least) & (s <= most)).all():
+    """Checks a `severity`, one number or `n` of them, of the corruption `kind`.
+
+    Raises: ValueError for an unknown kind, another number of severities, or one outside of `limits`.
+    """
+    choice("kind", kind, corruptions)
+    least, most = limits[kind]
+    severities = torch.as_tensor(severity, dtype=torch.float64)
+    if severities.ndim and severities.shape != (n,):
         raise ValueError(
-            f"the severity of {kind} must be finite and lie in {least:g} … {most:g}, where {least:g} leaves images as they are; got {severity}"
+            f"one severity is needed, or one for each of the {n} images, got {tuple(severities.shape)}"
+        )
+    allowed = severities.isfinite() & (severities >= least) & (severities <= most)
+    if not allowed.all():
+        raise ValueError(
+            f"the severity of {kind} must be finite and lie in {least:g} … {most:g}, "
+            f"where {least:g} leaves images as they are; got {severity}"
         )
 
 
 def corrupt(x, kind, severity, generator=None):
-    """Images `x` `(B, C, H, W)` in [-1, 1] after the corruption `kind` of this `severity`, one number or `(B,)`, clipped to [-1, 1].
+    """Images `x` `(B, C, H, W)` in [-1, 1] after a corruption of this kind and severity, clipped to [-1, 1].
 
-    noise: σ; blur: σ in pixels; quantize: distance of the levels; occlude: share of the area; lowres: factor. `generator` is any torch
-    generator, else the global one. Raises ValueError for an unknown kind, a severity outside `limits`, or as `check_image_range`.
+    `severity` is one number or `(B,)`: for noise its standard deviation, for blur that in pixels, for
+    quantize the distance of the levels, for occlude the share of the area, for lowres the factor.
+    `generator` is any torch generator, or None for the global one.
+
+    Raises: ValueError for an unknown kind, a severity outside of `limits`, or for anything but float images
+    `(B, 1 or 3, H, W)` in [-1, 1].
     """
     check_image_range(x)
     check_severity(kind, severity, len(x))
     return corruptions[kind](x, severity, generator).clamp(-1, 1)
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-28
-@configured
 class Augmentation(nn.Module):
-    """Conditioning augmentation: in training mode each image `(B, C, H, W)` is corrupted by a kind and a severity of its own, in evaluation mode none is.
+    """Conditioning augmentation: corrupts images `(B, C, H, W)` in training mode, none in evaluation mode.
 
-    The arguments are the largest severities, as for `corrupt`; kinds at their least are left out. One of the others is drawn for each image, with a severity
-    uniform between least and largest, by the global generator; a share `clean` stays as it is. Half of the harmed images are clipped to [-1, 1]. Raises
-    ValueError for a severity outside `limits` or a share outside [0, 1]. Source: Ho et al. 2022 (Cascaded Diffusion Models), section 4; there the network is told the severity.
+    Each image draws a kind and a severity, uniform between least and largest, by the global generator. Kinds
+    at their least are left out. Half of the corrupted images are clipped to [-1, 1].
+
+    Raises: ValueError for a severity outside of `limits` or a share outside of [0, 1].
+    Source: Ho et al. 2022 (Cascaded Diffusion Models), section 4; there the network is told the severity.
     """
 
-    def __init__(self, noise=0.0, blur=0.0, quantize=0.0, occlude=0.0, lowres=1.0, clean=0.2):
+    def __init__(
+        self,
+        noise=0.0,  # largest standard deviation
+        blur=0.0,  # largest standard deviation, in pixels
+        quantize=0.0,  # largest distance of the levels
+        occlude=0.0,  # largest share of the area
+        lowres=1.0,  # largest factor
+        clean=0.2,  # share of the images that stay as they are
+    ):
         super().__init__()
         given = {"noise": noise, "blur": blur, "quantize": quantize, "occlude": occlude, "lowres": lowres}
-        for kind, largest in given.items():
-            check_severity(kind, largest)
+        for kind, severity in given.items():
+            check_severity(kind, severity)
         if not 0 <= clean <= 1:
             raise ValueError(
                 f"clean, the share of images left as they are, must lie in [0, 1], got {clean!r}"
             )
-        self.largest, self.clean = {k: float(s) for k, s in given.items() if s > limits[k][0]}, clean
+        self.largest = {kind: float(s) for kind, s in given.items() if s > limits[kind][0]}
+        self.clean = clean
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        self.config = {"class": name, "arguments": {**given, "clean": clean}}
 
     def forward(self, x_hat):
         if not self.training or not self.largest:
             return x_hat
-        with torch.autocast(
-            x_hat.device.type, enabled=False
-        ):  # products of few digits would touch the clean ones as well
-            return self.harmed(x_hat.float()).to(x_hat.dtype)
+        # products in low precision would change the images that stay clean as well
+        with torch.autocast(x_hat.device.type, enabled=False):
+            return self._corrupt(x_hat.float()).to(x_hat.dtype)
 
-    def harmed(self, x_hat):
-        "What `forward` does in training mode."
-        kind, x = torch.randint(len(self.largest), (len(x_hat),), device=x_hat.device), x_hat
-        strength, clean, clip = torch.rand(3, len(x), device=x.device)
+    def _corrupt(self, x_hat):
+        "Images `(B, C, H, W)`, each corrupted by its own draw."
+        n = len(x_hat)
+        kind = torch.randint(len(self.largest), (n,), device=x_hat.device)
+        strength, clean, clip = torch.rand(3, n, device=x_hat.device)
+        x = x_hat
         for i, (name, largest) in enumerate(self.largest.items()):
-            x = corruptions[name](x, limits[name][0] + (kind == i) * strength * (largest - limits[name][0]))
+            least = limits[name][0]
+            severity = least + (kind == i) * strength * (largest - least)
+            x = corruptions[name](x, severity)
         x = torch.where(column(clip < 0.5, x), x.clamp(-1, 1), x)
         return torch.where(column(clean < self.clean, x), x_hat, x)

@@ -53,7 +53,7 @@ def _digits(split, size, root):
 
 # %% ../../nbs/1_core/03_images.ipynb #images-24
 def _square(picture, size):
-    "A PIL picture's centre square, scaled to `size` pixels by antialiased bicubics; untouched if that is None."
+    "A PIL picture's centre square, scaled to `size` pixels by antialiased bicubics; None leaves it as it is."
     if size is None:
         return picture
     return ImageOps.fit(picture, (size, size), method=Image.Resampling.BICUBIC)
@@ -196,7 +196,7 @@ def _cifar10(split, size, root):
 
     They are downloaded to the folder `root`, or `data`, unless they are there.
 
-    Raises: RuntimeError, with what to get and where to put it, when there is no whole copy and none can be had.
+    Raises: RuntimeError that says what to get and where to put it, if there is no whole copy to be had.
     """
     from torchvision.datasets import CIFAR10
 

@@ -18,23 +18,22 @@ from .checkpoints import whole_file
 # %% ../../nbs/1_core/09_logs.ipynb #logs-05
 @dataclass(frozen=True)
 class Progress:
-    """What happened in a step of training.
+    "What happened in a step of training."
 
-    `step` (1, 2, …) of `total`, the `terms` of the loss as scalar tensors (one is called `loss`), learning rate, norm of the gradient
-    before clipping, `seconds` of training so far, and a validation's means, or None where none was due.
-    """
-
-    step: int
-    total: int
-    terms: dict
-    lr: float
-    grad_norm: torch.Tensor
-    seconds: float
-    validation: dict | None = None
+    step: int  # 1, 2, …
+    total: int  # steps that the training will have
+    terms: dict  # of the loss, scalar tensors by name; one is called `loss`
+    lr: float  # learning rate
+    grad_norm: torch.Tensor  # norm of the gradient before clipping
+    seconds: float  # of training so far
+    validation: dict | None = None  # means of a validation, None where none was due
 
     @property
     def loss(self):
-        "The loss as a number. On an accelerator this waits for the step to end, so do not ask at every step."
+        """The loss as a number.
+
+        On an accelerator this waits for the step to end, so do not ask at every step.
+        """
         return float(self.terms["loss"])
 
     def row(self):
@@ -45,16 +44,24 @@ class Progress:
             "lr": self.lr,
             "grad_norm": float(self.grad_norm),
         }
-        return {**numbers, **{k: float(v) for k, v in self.terms.items()}, **(self.validation or {})}
+        for name, value in self.terms.items():
+            numbers[name] = float(value)
+        if self.validation:
+            numbers.update(self.validation)
+        return numbers
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-08
 def read_log(run_dir):
-    """The rows of a run's `metrics.jsonl`, a dict a row, [] where there is none; a last line cut short by a kill is left out.
+    """The rows of a run's `metrics.jsonl`, a list of dicts, [] where there is no such file.
 
-    Raises ValueError that names the line when another one is damaged.
+    A last line that was cut short by a kill is left out.
+    Raises: ValueError that names the line where another one is damaged.
     """
-    path, rows = Path(run_dir) / "metrics.jsonl", []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
@@ -67,55 +74,81 @@ def read_log(run_dir):
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-11
 def log_summary(run_dir):
-    "What a run's log comes to: `steps`, `seconds`, and the newest value of each term of the loss. Raises ValueError for an empty log."
-    newest = {k: v for row in read_log(run_dir) for k, v in row.items()}
+    """What a run's log comes to: `steps`, `seconds`, and the newest value of each term of the loss.
+
+    Raises: ValueError for an empty log.
+    """
+    newest = {}
+    for row in read_log(run_dir):
+        newest.update(row)
     if not newest:
         raise ValueError(f"{run_dir} has no log to sum up; train first")
-    return {"steps": newest.pop("step"), **{k: v for k, v in newest.items() if k not in ("lr", "grad_norm")}}
+    summary = {"steps": newest.pop("step")}
+    for name, value in newest.items():
+        if name not in ("lr", "grad_norm"):
+            summary[name] = value
+    return summary
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-14
 class Log:
-    """Rows of numbers to `metrics.jsonl` and to TensorBoard's events in a run's folder; what is after step `after` is cut off first.
+    """Rows of numbers to `metrics.jsonl` and to TensorBoard's events, both in a run's folder.
 
-    Call it with a dict that has a `step`; `close` it at the end. Raises OSError when the folder cannot be written.
+    What is there after step `after` is cut off first. Call it with a dict that has a `step`, and `close` it
+    at the end.
+    Raises: OSError where the folder cannot be written.
     """
 
     def __init__(self, run_dir, after=0):
         from torch.utils.tensorboard import SummaryWriter  # here, since it takes a while to import
 
         path = Path(run_dir) / "metrics.jsonl"
-        kept = [r for r in read_log(run_dir) if r["step"] <= after]
+        kept = [row for row in read_log(run_dir) if row["step"] <= after]
         with whole_file(path) as temporary:  # a kill in between must not cost the rows that are kept
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.file = open(path, "a", encoding="utf-8")
         self.board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=after + 1)
 
     def __call__(self, row):
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for k, v in row.items():
-            self.board.add_scalar(k, v, row["step"])
+        for name, value in row.items():
+            self.board.add_scalar(name, value, row["step"])
 
     def close(self):
+        "Nothing can be written after this."
         self.file.close()
         self.board.close()
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-21
 def check_finite(terms, step, path):
-    "Raises FloatingPointError that names the `step` and those of the `terms` that are no finite number; `path` is the last checkpoint."
-    if bad := [f"{k} is {float(v)}" for k, v in terms.items() if not math.isfinite(v)]:
-        kept = f"{path} holds the last good state" if Path(path).is_file() else "no checkpoint was due before"
-        raise FloatingPointError(
-            f"step {step}: {', '.join(bad)}; {kept}; start over in an empty folder with a lower lr or clip, or a longer warmup"
-        )
+    """Nothing, if all `terms`, numbers or scalar tensors by name, are finite.
+
+    Raises: FloatingPointError that names the `step` and those that are not, and whether `path`, the last
+    checkpoint, is there.
+    """
+    bad = [f"{name} is {float(value)}" for name, value in terms.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    if Path(path).is_file():
+        kept = f"{path} holds the last good state"
+    else:
+        kept = "no checkpoint was due before"
+    raise FloatingPointError(
+        f"step {step}: {', '.join(bad)}; {kept}; "
+        "start over in an empty folder with a lower lr or clip, or a longer warmup"
+    )
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-24
 def progress_bar(records, total, what="training"):
-    "The same records, with a progress bar that shows the step and the loss; the loss is read only when the bar is drawn."
+    """The same records, with a progress bar called `what` that shows the step, of `total`, and the loss.
+
+    The loss is read only when the bar is drawn.
+    """
     from tqdm import tqdm
 
     with tqdm(total=total, desc=what, mininterval=0.5) as line:
-        for r in records:
-            if line.update(r.step - line.n) or r.step >= total:
-                line.set_postfix(loss=f"{r.loss:.4g}", refresh=False)
-            yield r
+        for record in records:
+            drawn = line.update(record.step - line.n)
+            if drawn or record.step >= total:
+                line.set_postfix(loss=f"{record.loss:.4g}", refresh=False)
+            yield record

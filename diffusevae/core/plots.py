@@ -22,33 +22,43 @@ palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # %% ../../nbs/1_core/05_plots.ipynb #plots-09
 def axes(columns=1, rows=1, width=3.2, height=2.4):
     "A new figure, `width` × `height` inches for each of its axes, and the axes in a flat list, row by row."
-    fig = Figure(
-        figsize=(width * columns, height * rows), layout="constrained", dpi=90
-    )  # no pyplot: no state shared with other notebooks
+    # no pyplot: no state shared with other notebooks
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=90)
     return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-12
-def _shape(images, columns):
-    "Rows and columns of a tiling, by default about as many of one as of the other. ValueError for what is no set of uint8 images."
+def _rows_and_columns(images, columns):
+    """Rows and columns of a tiling, by default about as many of one as of the other.
+
+    Raises: ValueError for anything but a set of uint8 images.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(
-            f"at least one image is needed, uint8 (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}; convert floats by to_uint8"
+            f"at least one image is needed, uint8 (N, 1 or 3, H, W), got {images.dtype} "
+            f"{tuple(images.shape)}; convert floats by to_uint8"
         )
     columns = columns or math.ceil(len(images) ** 0.5)
     return math.ceil(len(images) / columns), columns
 
 
 def tile(images, columns=None, gap=1):
-    """Images side by side as one: uint8 `(N, C, H, W)` to an `(h, w, 3)` array, row by row, `gap` white pixels between.
+    """Images side by side as one: uint8 `(N, C, H, W)` to an `(h, w, 3)` array, row by row.
 
-    Raises ValueError for other types or shapes, for floats with the call that converts them.
+    `gap` white pixels lie between them.
+
+    Raises: ValueError for other types or shapes; for floats it names the call that converts them.
     """
-    rows, columns = _shape(images, columns)
-    N, _, H, W = images.shape
-    canvas = torch.full((rows * columns, 3, H + gap, W + gap), 255, dtype=torch.uint8)
-    canvas[:N, :, :H, :W] = images.cpu()
-    canvas = canvas.reshape(rows, columns, 3, H + gap, W + gap).permute(0, 3, 1, 4, 2)
-    return canvas.reshape(rows * (H + gap), columns * (W + gap), 3)[: -gap or None, : -gap or None].numpy()
+    rows, columns = _rows_and_columns(images, columns)
+    n, _, height, width = images.shape
+    cell_height = height + gap
+    cell_width = width + gap
+    cells = torch.full((rows * columns, 3, cell_height, cell_width), 255, dtype=torch.uint8)
+    cells[:n, :, :height, :width] = images.cpu()
+    cells = cells.reshape(rows, columns, 3, cell_height, cell_width)
+    canvas = cells.permute(0, 3, 1, 4, 2)  # rows, height, columns, width, colours
+    canvas = canvas.reshape(rows * cell_height, columns * cell_width, 3)
+    without_last_gap = slice(-gap or None)
+    return canvas[without_last_gap, without_last_gap].numpy()
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-15
 def show_images(ax, images, columns=None, title=""):
@@ -60,19 +70,22 @@ def show_images(ax, images, columns=None, title=""):
 
 def image_grid(images, columns=None, title=""):
     "A figure of uint8 images `(N, C, H, W)`, row by row."
-    rows, columns = _shape(images, columns)
-    fig, (ax,) = axes(width=min(9.0, 0.7 * columns), height=min(9.0, 0.7 * rows) + 0.3 * bool(title))
+    rows, columns = _rows_and_columns(images, columns)
+    room_for_title = 0.3 if title else 0.0
+    fig, (ax,) = axes(width=min(9.0, 0.7 * columns), height=min(9.0, 0.7 * rows) + room_for_title)
     show_images(ax, images, columns, title)
     return fig
 
 
 def labelled_rows(named):
-    "A figure with one labelled row of uint8 images `(N, C, H, W)` for each name: for comparisons that go by column."
-    n = max(len(v) for v in named.values())
-    fig, axs = axes(rows=len(named), width=min(9.0, 0.65 * n + 1.2), height=0.75)
+    "A figure with a labelled row of uint8 images `(N, C, H, W)` for each name: to compare down its columns."
+    columns = max(len(images) for images in named.values())
+    fig, axs = axes(rows=len(named), width=min(9.0, 0.65 * columns + 1.2), height=0.75)
     for ax, (name, images) in zip(axs, named.items()):
-        ax.imshow(tile(images, columns=n), interpolation="nearest")
-        ax.set_xticks([]), ax.set_yticks([]), ax.spines[:].set_visible(False)
+        ax.imshow(tile(images, columns), interpolation="nearest")
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     fig.get_layout_engine().set(w_pad=0.1)
     fig.draw_without_rendering()  # the layout knows how wide the labels are only after it was drawn once
@@ -87,62 +100,89 @@ def png(fig):
 
 
 class Picture:
-    "A figure as a notebook shows it, with an `alt` text for whoever does not see it. Raises ValueError without one."
+    """A figure as a notebook shows it, with an `alt` text for whoever does not see it.
+
+    Raises: ValueError for an empty text.
+    """
 
     def __init__(self, fig, alt):
         if not alt.strip():
             raise ValueError("a picture needs an alt text: say in a sentence what it shows")
-        self.png, self.alt = png(fig), alt
+        self.png = png(fig)
+        self.alt = alt
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        return {"image/png": base64.b64encode(self.png).decode(), "text/plain": self.alt}, {
-            "image/png": {"alt": self.alt}
-        }
+        data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": self.alt}
+        metadata = {"image/png": {"alt": self.alt}}
+        return data, metadata
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-21
-def line_plot(ax, x, named, xlabel="", ylabel="", title="", **how):
-    "Curves over `x` into an axis, one for each name, told apart by colour and by dash; `how` goes to matplotlib's `plot`."
+def line_plot(
+    ax,  # the axis to draw into
+    x,  # common to all curves, (n,)
+    named,  # dict of curves: a name for the legend, and n values
+    xlabel="",  # below the axis
+    ylabel="",  # beside the axis
+    title="",  # above the axis
+    **style,  # for matplotlib's `plot`: linewidth, marker, …
+):
+    "Curves over `x`, one for each name, distinct by colour and by dash; a legend if there are several."
     for i, (name, y) in enumerate(named.items()):
-        dash = ("-", "--", "-.", ":")[(i + i // len(palette)) % 4]
-        ax.plot(x, y, color=palette[i % len(palette)], linestyle=dash, label=name, **how)
-    ax.set_xlabel(xlabel), ax.set_ylabel(ylabel), ax.set_title(title, fontsize=9)
+        color = palette[i % len(palette)]
+        round_of_colours = i // len(palette)
+        dash = ("-", "--", "-.", ":")[(i + round_of_colours) % 4]
+        ax.plot(x, y, color=color, linestyle=dash, label=name, **style)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.set_title(title, fontsize=9)
     if len(named) > 1:
         ax.legend(fontsize=8)
 
 
 def log_scale(ax, which="xy", subs=(1, 2, 5)):
-    "Logarithmic scales of an axis, for `x`, `y` or both, with ticks at 0.1, 0.2, 0.5, 1, 2, 5, … in place of powers of ten; `subs` are those of a decade."
+    """Logarithmic scales of an axis, for `x`, `y` or both, with numbers that one can read off.
+
+    `subs` are the ticks of a decade: 0.1, 0.2, 0.5, 1, 2, … for (1, 2, 5).
+    """
     for name in which:
         getattr(ax, f"set_{name}scale")("log")
         axis = getattr(ax, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=subs)), axis.set_minor_locator(NullLocator())
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:g}")
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-24
 def knob(name, values):
-    "The widget for a parameter: a slider for a `range` or a tuple (least, most, step) of floats, a menu for a list."
+    "A widget: a slider for a `range` or a tuple of floats (least, most, step), a menu for a list."
     import ipywidgets
 
     if isinstance(values, range):
-        return ipywidgets.IntSlider(values[0], values[0], values[-1], values.step, description=name)
-    if isinstance(values, tuple):
-        return ipywidgets.FloatSlider(
-            values[0], min=values[0], max=values[1], step=values[2], description=name
+        least = values[0]
+        return ipywidgets.IntSlider(
+            value=least, min=least, max=values[-1], step=values.step, description=name
         )
+    if isinstance(values, tuple):
+        least, most, step = values
+        return ipywidgets.FloatSlider(value=least, min=least, max=most, step=step, description=name)
     return ipywidgets.Dropdown(options=list(values), description=name)
 
 
 def explore(draw, **knobs):
-    "Knobs over a picture that `draw`, a pure function of their values to a figure, redraws when one moves: a box, the picture its last child."
+    """Knobs over a picture that is drawn again when one of them moves: a box, the picture its last child.
+
+    `draw` is a pure function of the knobs' values to a figure. Each of `knobs` is a range, a tuple of floats
+    (least, most, step) or a list.
+    """
     import ipywidgets
 
     widgets = {name: knob(name, values) for name, values in knobs.items()}
     image = ipywidgets.Image(format="png")
 
     def redraw(_=None):
-        image.value = png(draw(**{name: w.value for name, w in widgets.items()}))
+        values = {name: widget.value for name, widget in widgets.items()}
+        image.value = png(draw(**values))
 
-    for w in widgets.values():
-        w.observe(redraw, "value")
+    for widget in widgets.values():
+        widget.observe(redraw, "value")
     redraw()
     return ipywidgets.VBox([*widgets.values(), image])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['missing_mark', 'expected_runs', 'study_records', 'artefact', 'image_arrays', 'parameter_table', 'loss_curves',
-           'sample_grids', 'refinements', 'trajectories', 'interpolations', 'missing_figure', 'figure_block', 'compose',
+           'sample_grids', 'trajectories', 'interpolations', 'refinements', 'missing_figure', 'figure_block', 'compose',
            'provenance_sentence', 'to_html', 'to_pdf']
 
 # %% ../../nbs/7_course/01_report.ipynb #report-03
@@ -24,7 +24,8 @@ from ..evaluation.comparison import markdown_table
 # %% ../../nbs/7_course/01_report.ipynb #report-styles
 # How the HTML looks: CSS, which pandoc puts into the head of the page.
 _html_style = """<style>
-body { max-width: 60em; margin: 2em auto; padding: 0 1em; font-family: sans-serif; line-height: 1.45; color: #111 }
+body { max-width: 60em; margin: 2em auto; padding: 0 1em; color: #111 }
+body { font-family: sans-serif; line-height: 1.45 }
 img { max-width: 100% }
 table { border-collapse: collapse; font-size: .85em; margin: 1em 0; display: block; overflow-x: auto }
 td, th { padding: .2em .7em; border-bottom: 1px solid #ccc }
@@ -109,7 +110,7 @@ def image_arrays(records, ending):
 def parameter_table(records, notebooks):
     """The parameters of all runs whose notebook's name starts with `notebooks`, as a table in Markdown.
 
-    It has a column for each run, and – where a run has no such parameter; an empty text where there is no run.
+    It has a column for each run, and – where a run has no such parameter. It is empty where there is no run.
     """
     parameters = {run: r["parameters"] for run, r in records.items() if r["notebook"].startswith(notebooks)}
     if not parameters:
@@ -166,15 +167,6 @@ def sample_grids(records):
     panels = {model: (images[:24], 12) for model, images in found.items()}
     return _panels(panels, rows=len(panels), width=6.5, height=1.35)
 
-# %% ../../nbs/7_course/01_report.ipynb #report-23
-def refinements(records):
-    "A figure with, for each DiffuseVAE, samples of its VAE above and their refinements below; None without any."
-    rows = {}
-    for model, (of_vae, refined) in image_arrays(records, "pairs").items():
-        rows[f"{model}, VAE"] = of_vae
-        rows[f"{model}, refined"] = refined
-    return plots.labelled_rows(rows) if rows else None
-
 # %% ../../nbs/7_course/01_report.ipynb #report-24
 def trajectories(records):
     """A figure with the denoising of a few samples of each diffusion model; None without any.
@@ -191,10 +183,19 @@ def trajectories(records):
 
 # %% ../../nbs/7_course/01_report.ipynb #report-25
 def interpolations(records):
-    "A figure of two straight lines in the latent space of each model that has one, a row each; None without any."
+    "A figure of two straight lines in the latent space of each model, a row each; None without any."
     found = image_arrays(records, "interpolation")
     panels = {model: (images, len(images) // 2) for model, images in found.items()}
     return _panels(panels, rows=len(panels), width=6.5, height=1.45)
+
+# %% ../../nbs/7_course/01_report.ipynb #report-23
+def refinements(records):
+    "A figure with samples of each DiffuseVAE's VAE above and their refinements below; None without any."
+    rows = {}
+    for model, (of_vae, refined) in image_arrays(records, "pairs").items():
+        rows[f"{model}, VAE"] = of_vae
+        rows[f"{model}, refined"] = refined
+    return plots.labelled_rows(rows) if rows else None
 
 # %% ../../nbs/7_course/01_report.ipynb #report-28
 missing_mark = "**Missing:**"

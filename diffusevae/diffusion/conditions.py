@@ -53,8 +53,7 @@ null_label = -1
 
 # %% ../../nbs/4_diffusion/03_conditions.ipynb #conditions-16
 def null_condition(cond):
-    """The condition that says nothing: zeros for images and codes, the null label, of the same shapes and
-    types.
+    """The condition that says nothing: zero images and codes, the null label, shapes and types kept.
 
     Source: Ho and Salimans 2022, section 3.2.
     """
@@ -66,8 +65,7 @@ def null_condition(cond):
 
 # %% ../../nbs/4_diffusion/03_conditions.ipynb #conditions-21
 def check_labels(label, n, classes, least=null_label):
-    """Check that `label` is int64 `(n,)`, one for each of n samples, in `least` … `classes` - 1; -1 is "no
-    class".
+    """Check that `label` is int64 `(n,)`, one for each of n samples, within `least` … `classes` - 1.
 
     Raises: ValueError that says what is wrong; on another device than the CPU the values are not looked at.
     """
@@ -88,10 +86,10 @@ def check_labels(label, n, classes, least=null_label):
 
 # %% ../../nbs/4_diffusion/03_conditions.ipynb #conditions-24
 def drop_parts(cond, p):
-    """The condition in which each sample, with all its parts, is null with probability `p`: guidance trains
-    on it.
+    """The condition in which each sample is null with probability `p`: what guidance trains on.
 
-    There is one draw for each sample, from the global generator of the parts' device.
+    All parts of a sample go together. There is one draw for each, from the global generator of the parts'
+    device.
 
     Raises: ValueError for p outside [0, 1].
     Source: Ho and Salimans 2022, algorithm 1.

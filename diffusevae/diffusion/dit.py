@@ -17,35 +17,45 @@ from .unet import Denoiser, Embedding
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-07
 def grid_positions(side, width):
-    """Sines and cosines of the places on a `side` × `side` grid, row by row: `(side², width)` in [-1, 1], the column's half before the row's.
+    """Sines and cosines of the places on a `side` × `side` grid, row by row: `(side², width)` in [-1, 1].
 
-    Raises ValueError unless 4 divides `width`. Source: Vaswani et al. 2017, section 3.5, for each axis; the code of Peebles and Xie 2023.
+    The first half of the numbers is the column's, the second the row's.
+
+    Raises: ValueError unless 4 divides `width`.
+    Source: Vaswani et al. 2017, section 3.5, for each axis; the code of Peebles and Xie 2023.
     """
     if width % 4:
         raise ValueError(
             f"the width must be a multiple of 4 (a sine and a cosine for each of two axes), got {width}"
         )
     line = time_embedding(torch.arange(side), width // 2)
-    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, dim=0)], dim=1)
+    columns = line.repeat(side, 1)
+    rows = line.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1)
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-15
 def modulate(x, shift, scale):
-    "(1 + scale) · x + shift for tokens `(B, N, C)` and vectors `(B, 1, C)`. Source: Perez et al. 2018, section 2 (FiLM)."
+    """(1 + scale) · x + shift for tokens `(B, N, C)` and vectors `(B, 1, C)`.
+
+    Source: Perez et al. 2018, section 2 (FiLM).
+    """
     return torch.addcmul(shift, x, 1 + scale)
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-16
 class DiTBlock(nn.Module):
-    """Attention between tokens and a small network for each, shifted, scaled and gated by the embedding: `(B, N, width)` to the same shape.
+    """Attention between tokens and a small network for each: `(B, N, width)` to the same shape.
 
-    emb is `(B, width)`. Raises ValueError when `heads` does not divide `width`. Source: Peebles and Xie 2023, section 3.2, adaLN-Zero.
+    The embedding, `(B, width)`, shifts, scales and gates both.
+
+    Raises: ValueError when `heads` does not divide `width`.
+    Source: Peebles and Xie 2023, section 3.2, adaLN-Zero.
     """
 
     def __init__(self, width, heads, mlp_ratio=4.0, dropout=0.0):
         super().__init__()
         hidden = round(mlp_ratio * width)
-        self.norm = nn.LayerNorm(
-            width, elementwise_affine=False, eps=1e-6
-        )  # it has no parameters, so one serves both
+        # the norm has no parameters, so one serves both
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = Attention(width, heads)
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
@@ -54,13 +64,21 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), zero_init(nn.Linear(width, 6 * width)))
 
     def forward(self, x, emb):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=2)
-        x = x + gate1 * self.dropout(self.attention(modulate(self.norm(x), shift1, scale1)))
-        return x + gate2 * self.dropout(self.mlp(modulate(self.norm(x), shift2, scale2)))
+        settings = self.modulation(emb)[:, None]  # `(B, 1, 6 · width)`
+        shift1, scale1, gate1, shift2, scale2, gate2 = settings.chunk(6, dim=2)
+        h = self.attention(modulate(self.norm(x), shift1, scale1))
+        x = x + gate1 * self.dropout(h)
+        h = self.mlp(modulate(self.norm(x), shift2, scale2))
+        return x + gate2 * self.dropout(h)
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-20
 class DiTFinal(nn.Module):
-    "Tokens to the numbers of their patches, shifted and scaled by the embedding: `(B, N, width) -> (B, N, numbers)`. Source: as `DiTBlock`."
+    """Tokens to the numbers of their patches: `(B, N, width) -> (B, N, numbers)`.
+
+    The embedding `(B, width)` shifts and scales the tokens before the last map.
+
+    Source: Peebles and Xie 2023, section 3.2.
+    """
 
     def __init__(self, width, numbers):
         super().__init__()
@@ -74,74 +92,85 @@ class DiTFinal(nn.Module):
 
 
 def unpatch(tokens, patch):
-    """`(B, N, p·p·C)` to an image `(B, C, H, W)`, the patches row by row on a square grid, the channel fastest within a patch.
+    """Tokens `(B, N, p·p·C)` to an image `(B, C, H, W)`, the patches row by row on a square grid.
 
-    Source: the code of Peebles and Xie 2023; a linear map of the tokens makes any other order equivalent.
+    Within a patch the channel is fastest; a linear map of the tokens makes any other order equivalent.
+
+    Source: the code of Peebles and Xie 2023.
     """
     B, N, _ = tokens.shape
     side = round(N**0.5)
-    return (
-        tokens.reshape(B, side, side, patch, patch, -1)
-        .permute(0, 5, 1, 3, 2, 4)
-        .reshape(B, -1, side * patch, side * patch)
-    )
+    patches = tokens.reshape(B, side, side, patch, patch, -1)  # (B, rows, columns, p, p, C)
+    image = patches.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, columns, p)
+    return image.reshape(B, -1, side * patch, side * patch)
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-23
-def _draw(net):
-    "Initial weights as published: Xavier for linear maps and patches, 0.02 for what is told, zero for the last layer and the gates."
-    linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
-    for m in [*linear, net.stem]:
-        nn.init.xavier_uniform_(m.weight.flatten(1)), nn.init.zeros_(m.bias)
-    told = [net.embedding.time[0], net.embedding.time[2], net.embedding.label]
-    for m in filter(None, told):
-        nn.init.normal_(m.weight, std=0.02)
-    for m in [net.head.linear, net.head.modulation, *(block.modulation for block in net.blocks)]:
-        zero_init(m)
+def _initialise(net):
+    "Initial weights as published: Xavier for maps and patches, 0.02 for time and class, zero for the ends."
+    linear_maps = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    for module in [*linear_maps, net.stem]:
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        nn.init.zeros_(module.bias)
+
+    embedding = net.embedding
+    time_and_class = [embedding.time[0], embedding.time[2]]
+    if embedding.label is not None:
+        time_and_class.append(embedding.label)
+    for module in time_and_class:
+        nn.init.normal_(module.weight, std=0.02)
+
+    zero_init(net.head.linear)
+    zero_init(net.head.modulation)
+    for block in net.blocks:
+        zero_init(block.modulation)
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-24
 @configured
 class DiT(Denoiser):
-    """A denoiser `model(x_t, t, cond)` of patches: `(B, channels, size, size)` to `(B, outputs, size, size)`; t float `(B,)` as the process gives it.
+    """A denoiser `model(x_t, t, cond=None)` of patches.
 
-    `depth` blocks of `width` and `heads`, patches of `patch` × `patch`, `mlp_ratio` times `width` hidden units. `time_scale` multiplies t,
-    about 1000 where √abar in [0, 1] is given. `image_channels`, `z_dim`, `classes`: what of a `Cond` it takes; -1 is "no class". ValueError
-    for a size that `patch` does not divide, a width that is no multiple of 4 and of `heads`, or inputs that it was not built for.
+    It maps `(B, channels, size, size)` to `(B, outputs, size, size)`; t is the process's time input, float
+    `(B,)`.
+
+    Raises: ValueError for a size that `patch` does not divide, for a width that is no multiple of 4 and of
+    `heads`, and for inputs that it was not built for.
     Source: Peebles and Xie 2023, section 3.2.
     """
 
     def __init__(
         self,
-        size,
-        channels=4,
-        patch=2,
-        width=384,
-        depth=12,
-        heads=6,
-        classes=0,
-        image_channels=0,
-        z_dim=0,
-        outputs=None,
-        mlp_ratio=4.0,
-        time_scale=1.0,
-        dropout=0.0,
-        freq_shift=0,
+        size,  # pixels of a side of the square images
+        channels=4,  # of the images
+        patch=2,  # pixels of a side of a patch
+        width=384,  # numbers of a token
+        depth=12,  # blocks
+        heads=6,  # of each attention
+        classes=0,  # labels in the condition, 0 for none; -1 is "no class"
+        image_channels=0,  # of an image in the condition, 0 for none
+        z_dim=0,  # numbers of a code in the condition, 0 for none
+        outputs=None,  # channels returned; None is `channels`, a learned variance needs twice as many
+        mlp_ratio=4.0,  # hidden units of a block's small network, in units of the width
+        time_scale=1.0,  # multiplies t: about 1000 where the network is told √abar in [0, 1]
+        dropout=0.0,  # behind attention and small network
+        freq_shift=0,  # 1 makes the slowest frequency of the time 1/10000 exactly
     ):
         super().__init__(size, channels, image_channels, z_dim, classes, outputs)
         if size % patch:
             raise ValueError(f"size {size} cannot be cut into patches of {patch}; choose a divisor")
         self.patch = patch
-        self.embedding = Embedding(256, width, z_dim, classes, time_scale, freq_shift)
-        self.stem = nn.Conv2d(channels + image_channels, width, patch, stride=patch)
+        self.embedding = Embedding(256, width, z_dim, classes, scale=time_scale, shift=freq_shift)
+        self.stem = nn.Conv2d(channels + image_channels, width, kernel_size=patch, stride=patch)
         self.register_buffer("places", grid_positions(size // patch, width), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))
         self.head = DiTFinal(width, self.outputs * patch**2)
-        _draw(self)
+        _initialise(self)
 
     def forward(self, x_t, t, cond=None):
         cond = cond or Cond()
         self.check(x_t, t, cond)
         emb = self.embedding(t, cond)
-        x = self.stem(self.beside(x_t, cond)).flatten(2).transpose(1, 2) + self.places
+        grid = self.stem(self.beside(x_t, cond))  # (B, width, rows, columns)
+        x = grid.flatten(2).transpose(1, 2) + self.places  # (B, N, width)
         for block in self.blocks:
             x = block(x, emb)
         return unpatch(self.head(x, emb), self.patch)

@@ -8,125 +8,167 @@ __all__ = ['diffusers_tensors', 'to_diffusers', 'from_diffusers', 'to_scheduler'
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-04
 import json
-import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..core.checkpoints import restore, save_tensors, write_json
+from ..core.checkpoints import mismatches, save_tensors, write_json
 from ..core.layers import SelfAttention
 from . import schedules
 from .process import Diffusion
 from .schedules import Schedule
 from .unet import UNet, UNetMiddle
 
-_tensors_at, _unet_at, _scheduler_at = (
-    "unet/diffusion_pytorch_model.safetensors",
-    "unet/config.json",
-    "scheduler/scheduler_config.json",
-)
+# where a saved pipeline has its files
+_tensors_at = "unet/diffusion_pytorch_model.safetensors"
+_unet_at = "unet/config.json"
+_scheduler_at = "scheduler/scheduler_config.json"
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-07
 def _stages(net):
-    "The stages of a U-Net and the convolutions between its levels, with diffusers' names; `%s` stands for a stage's parts."
-    level, i, last = net.levels, 0, len(net.config["arguments"]["multipliers"]) - 1
-    while True:
-        yield from ((stage, f"down_blocks.{i}.%s.{j}") for j, stage in enumerate(level.down))
-        yield from ((stage, f"up_blocks.{last - i}.%s.{j}") for j, stage in enumerate(level.up))
-        if isinstance(level.lower, UNetMiddle):
-            break
-        i, (down, level, up) = i + 1, level.lower
-        yield down if isinstance(down, nn.Conv2d) else down[1], f"down_blocks.{i - 1}.downsamplers.0.conv"
-        yield up[1], f"up_blocks.{last - i}.upsamplers.0.conv"
-    yield from (
-        (stage, f"mid_block.%s.{j}") for j, stage in enumerate([level.lower.first, level.lower.second])
-    )
+    """The stages of a U-Net and the convolutions between its levels, in pairs with diffusers' names.
+
+    In the name of a stage, `%s` stands for "resnets" or "attentions".
+    """
+    named = []
+    level = net.levels
+    last = len(net.config["arguments"]["multipliers"]) - 1
+    for i in range(last + 1):
+        for j, stage in enumerate(level.down):
+            named.append((stage, f"down_blocks.{i}.%s.{j}"))
+        for j, stage in enumerate(level.up):
+            named.append((stage, f"up_blocks.{last - i}.%s.{j}"))
+        if i < last:
+            to_coarse, level, to_fine = level.lower
+            # a padding may stand before the convolution, and an enlargement stands before the other
+            down_conv = to_coarse if isinstance(to_coarse, nn.Conv2d) else to_coarse[1]
+            named.append((down_conv, f"down_blocks.{i}.downsamplers.0.conv"))
+            named.append((to_fine[1], f"up_blocks.{last - i - 1}.upsamplers.0.conv"))
+    named.append((level.lower.first, "mid_block.%s.0"))
+    named.append((level.lower.second, "mid_block.%s.1"))
+    return named
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-08
+def _parts_of_stage(stage, name):
+    "The modules of a stage that have parameters, in pairs with diffusers' names; `to_qkv` stands for three."
+    resnet = name % "resnets"
+    residual = stage.residual
+    named = [
+        (residual.norm1, f"{resnet}.norm1"),
+        (residual.conv1, f"{resnet}.conv1"),
+        (residual.emb, f"{resnet}.time_emb_proj"),
+        (residual.norm2, f"{resnet}.norm2"),
+        (residual.conv2, f"{resnet}.conv2"),
+        (residual.skip, f"{resnet}.conv_shortcut"),
+    ]
+    attention = stage.attention
+    if isinstance(attention, SelfAttention):
+        name = name % "attentions"
+        named.append((attention.norm, f"{name}.group_norm"))
+        named.append((attention.qkv, f"{name}.to_qkv"))
+        named.append((attention.out, f"{name}.to_out.0"))
+    return named
+
+
 def _modules(net):
-    "Every module of a U-Net that has parameters, with diffusers' name; `to_qkv` stands for three."
-    told, (norm, _, conv) = net.embedding, net.head
-    yield from zip(
-        [*told.time[::2], net.stem, norm, conv],
-        ["time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_norm_out", "conv_out"],
-    )
-    if told.label is not None:
-        yield told.label, "class_embedding"
-    for stage, name in _stages(net):
-        if isinstance(stage, nn.Conv2d):
-            yield stage, name
-            continue
-        r, a = stage.residual, stage.attention
-        parts = {
-            "norm1": r.norm1,
-            "conv1": r.conv1,
-            "time_emb_proj": r.emb,
-            "norm2": r.norm2,
-            "conv2": r.conv2,
-            "conv_shortcut": r.skip,
-        }
-        yield from ((m, f"{name % 'resnets'}.{part}") for part, m in parts.items())
-        if isinstance(a, SelfAttention):
-            yield from zip(
-                [a.norm, a.qkv, a.out],
-                [f"{name % 'attentions'}.{part}" for part in ("group_norm", "to_qkv", "to_out.0")],
-            )
+    "Every module of a U-Net that has parameters, in pairs with diffusers' names."
+    embedding = net.embedding
+    last_norm, _, last_conv = net.head
+    named = [
+        (embedding.time[0], "time_embedding.linear_1"),
+        (embedding.time[2], "time_embedding.linear_2"),
+        (net.stem, "conv_in"),
+        (last_norm, "conv_norm_out"),
+        (last_conv, "conv_out"),
+    ]
+    if embedding.label is not None:
+        named.append((embedding.label, "class_embedding"))
+    for module, name in _stages(net):
+        if isinstance(module, nn.Conv2d):
+            named.append((module, name))
+        else:
+            named += _parts_of_stage(module, name)
+    return named
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-10
 def diffusers_tensors(net):
-    "A U-Net's parameters under diffusers' names and in their shapes, `{name: tensor}`: views, so that writing into them writes into `net`."
+    """A U-Net's parameters under diffusers' names and in their shapes, `{name: tensor}`.
+
+    The tensors are views: writing into them writes into `net`.
+    """
     views = {}
     for module, name in _modules(net):
-        for kind, p in module.named_parameters():
-            # attention's maps are 1 × 1 convolutions here and matrices there, three in place of one
-            p = p.detach().flatten(1) if ".attentions." in name and p.ndim == 4 else p.detach()
-            parts = zip("qkv", p.chunk(3)) if name.endswith("to_qkv") else [("", p)]
-            views.update({f"{name.removesuffix('qkv')}{part}.{kind}": view for part, view in parts})
+        for kind, parameter in module.named_parameters():  # weight and bias
+            p = parameter.detach()
+            if ".attentions." in name and p.ndim == 4:
+                p = p.flatten(1)  # attention's maps are 1 × 1 convolutions here and matrices there
+            if name.endswith("to_qkv"):
+                q, k, v = p.chunk(3)  # three maps there, one here
+                stem = name.removesuffix("qkv")
+                views[f"{stem}q.{kind}"] = q
+                views[f"{stem}k.{kind}"] = k
+                views[f"{stem}v.{kind}"] = v
+            else:
+                views[f"{name}.{kind}"] = p
     return views
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-13
 def _head_channels(net):
-    "Channels of a head, as diffusers counts them: one number for the whole network, or None for one head everywhere. ValueError otherwise."
+    """Channels of a head, one number for the whole network as in diffusers, or None for one head everywhere.
+
+    Raises: ValueError for heads of several sizes.
+    """
     attentions = [m for m in net.modules() if isinstance(m, SelfAttention)]
-    sizes = sorted({a.out.out_channels // a.heads for a in attentions})
-    if (several := any(a.heads > 1 for a in attentions)) and len(sizes) > 1:
+    if all(attention.heads == 1 for attention in attentions):
+        return None
+    sizes = sorted({attention.out.out_channels // attention.heads for attention in attentions})
+    if len(sizes) > 1:
         raise ValueError(
-            f"diffusers' U-Net has heads of one size, this one of {sizes} channels; build it with head_channels"
+            f"diffusers' U-Net has heads of one size, this one of {sizes} channels; "
+            "build it with head_channels"
         )
-    return sizes[0] if several else None
+    return sizes[0]
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-14
+_expressible = {"patch": [1], "z_dim": [0], "time_scale": [1.0], "resample": ["conv", "same"]}
+
+
+def _either(values):
+    "Values as a sentence has them: 'conv' or 'same'."
+    return " or ".join(map(repr, values))
+
+
 def _check_expressible(net):
     "ValueError that says what of a network diffusers' UNet2DModel has no place for."
     if not isinstance(net, UNet):
         raise ValueError(f"only a UNet can be written for diffusers, not {type(net).__name__}")
-    how = net.config["arguments"]
-    for name, only in {"patch": [1], "z_dim": [0], "time_scale": [1.0], "resample": ["conv", "same"]}.items():
-        if how[name] not in only:
+    arguments = net.config["arguments"]
+    for name, values in _expressible.items():
+        if arguments[name] not in values:
             raise ValueError(
-                f"diffusers' U-Net cannot express {name}={how[name]!r}; only {' or '.join(map(repr, only))} can be written"
+                f"diffusers' U-Net cannot express {name}={arguments[name]!r}; "
+                f"only {_either(values)} can be written"
             )
-    if how["multipliers"][0] != 1:
+    first = arguments["multipliers"][0]
+    if first != 1:
         raise ValueError(
-            f"diffusers' U-Net starts at the width of its first level; multipliers must start with 1, not {how['multipliers'][0]}"
+            "diffusers' U-Net starts at the width of its first level; "
+            f"multipliers must start with 1, not {first}"
         )
-    if odd := sorted(
-        {
-            m.num_channels
-            for m in net.modules()
-            if isinstance(m, nn.GroupNorm) and m.num_groups != how["groups"]
-        }
-    ):
+    groups = arguments["groups"]
+    norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
+    odd = sorted({norm.num_channels for norm in norms if norm.num_groups != groups})
+    if odd:
         raise ValueError(
-            f"diffusers' norms need channels that {how['groups']} groups divide, this U-Net has {odd}; build it with fewer groups"
+            f"diffusers' norms need channels that {groups} groups divide, this U-Net has {odd}; "
+            "build it with fewer groups"
         )
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-15
-_plain = {
+_same_settings = {  # diffusers' name of a setting: ours
     "layers_per_block": "blocks",
     "dropout": "dropout",
     "norm_num_groups": "groups",
@@ -136,10 +178,14 @@ _plain = {
 
 
 def to_diffusers(net):
-    "A U-Net as diffusers' UNet2DModel: `(config, {name: tensor})`, the tensors copies. Raises ValueError for what it cannot express."
+    """A U-Net as diffusers' UNet2DModel: `(config, {name: tensor})`, the tensors copies.
+
+    Raises: ValueError for what it cannot express.
+    """
     _check_expressible(net)
-    how = net.config["arguments"]
-    attend = ["Attn" * (net.size // 2**i in how["attention"]) for i in range(len(how["multipliers"]))]
+    arguments = net.config["arguments"]
+    levels = range(len(arguments["multipliers"]))
+    prefixes = ["Attn" if net.size // 2**i in arguments["attention"] else "" for i in levels]
     config = {  # the two private keys serve `from_diffusers`, and diffusers ignores them
         "_class_name": "UNet2DModel",
         "_channels": net.channels,
@@ -148,20 +194,21 @@ def to_diffusers(net):
         "in_channels": net.channels + net.image_channels,
         "out_channels": net.outputs,
         "num_class_embeds": net.classes + 1 if net.classes else None,
-        "block_out_channels": [round(how["width"] * m) for m in how["multipliers"]],
-        "downsample_padding": 0 if how["resample"] == "same" else 1,
-        "down_block_types": [f"{a}DownBlock2D" for a in attend],
-        "up_block_types": [f"{a}UpBlock2D" for a in attend[::-1]],
-        "resnet_time_scale_shift": "scale_shift" if how["scale_shift"] else "default",
+        "block_out_channels": [round(arguments["width"] * m) for m in arguments["multipliers"]],
+        "downsample_padding": 0 if arguments["resample"] == "same" else 1,
+        "down_block_types": [f"{prefix}DownBlock2D" for prefix in prefixes],
+        "up_block_types": [f"{prefix}UpBlock2D" for prefix in reversed(prefixes)],
+        "resnet_time_scale_shift": "scale_shift" if arguments["scale_shift"] else "default",
         "attention_head_dim": _head_channels(net),
         "flip_sin_to_cos": False,
-        "attn_norm_num_groups": how["groups"],
-        **{theirs: how[ours] for theirs, ours in _plain.items()},
+        "attn_norm_num_groups": arguments["groups"],
     }
+    for theirs, ours in _same_settings.items():
+        config[theirs] = arguments[ours]
     return config, {name: view.clone() for name, view in diffusers_tensors(net).items()}
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-18
-_open = {  # settings of UNet2DModel that may have any value, with their defaults
+_any_value = {  # settings of UNet2DModel that may have any value, with their defaults
     "sample_size": None,
     "in_channels": 3,
     "out_channels": 3,
@@ -178,7 +225,7 @@ _open = {  # settings of UNet2DModel that may have any value, with their default
     "down_block_types": (),
     "up_block_types": (),
 }
-_only = {  # and those with few that can be read, the default first
+_few_values = {  # and those of which few values can be read, the default first
     "_class_name": ["UNet2DModel"],
     "center_input_sample": [False],
     "time_embedding_type": ["positional"],
@@ -194,103 +241,147 @@ _only = {  # and those with few that can be read, the default first
     "class_embed_type": [None],
     "resnet_time_scale_shift": ["default", "scale_shift"],
 }
-_older = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # names of attention's maps in older files
 
 
 def _settings(config):
     "A UNet2DModel's settings, complete. ValueError for what a `UNet` cannot do or does not know."
-    c = (
-        {name: values[0] for name, values in _only.items()}
-        | _open
-        | {k: v for k, v in config.items() if k in _only or not k.startswith("_")}
-    )
-    # without a number of its own, the attention at the bottom has a norm there only if embeddings are added
-    norm = [c["norm_num_groups"], *[None] * (c["resnet_time_scale_shift"] == "default")]
-    for name, values in {**_only, "attn_norm_num_groups": norm}.items():
-        if c[name] not in values:
+    settings = {name: values[0] for name, values in _few_values.items()}
+    settings.update(_any_value)
+    for name, value in config.items():
+        private = name.startswith("_") and name != "_class_name"  # notes for other programs
+        if not private:
+            settings[name] = value
+
+    readable = dict(_few_values)
+    readable["attn_norm_num_groups"] = [settings["norm_num_groups"]]
+    if settings["resnet_time_scale_shift"] == "default":
+        # only if embeddings are added has the attention at the bottom a norm without a number of its own
+        readable["attn_norm_num_groups"].append(None)
+    for name, values in readable.items():
+        if settings[name] not in values:
             raise ValueError(
-                f"a UNet2DModel with {name}={c[name]!r} cannot be read; only {' or '.join(map(repr, values))}"
+                f"a UNet2DModel with {name}={settings[name]!r} cannot be read; only {_either(values)}"
             )
-    if unknown := sorted(set(c) - set(_open) - set(_only)):
+    unknown = sorted(set(settings) - set(_any_value) - set(_few_values))
+    if unknown:
         raise ValueError(f"settings of UNet2DModel that are not known here: {', '.join(unknown)}")
-    return c
+    return settings
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-19
-def _attention(c, size):
-    "Resolutions with attention. ValueError for blocks of other kinds, or for attention on one way and not on the other."
-    down, up = list(c["down_block_types"]), list(c["up_block_types"])
-    if (
-        not {*down} <= {"DownBlock2D", "AttnDownBlock2D"}
-        or [b.replace("Down", "Up") for b in down[::-1]] != up
-    ):
+def _attention(settings, size):
+    "Resolutions with attention. ValueError for blocks of other kinds, or for attention on one way alone."
+    down = list(settings["down_block_types"])
+    up = list(settings["up_block_types"])
+    known = set(down) <= {"DownBlock2D", "AttnDownBlock2D"}
+    mirrored = [block.replace("Down", "Up") for block in reversed(down)]
+    if not known or up != mirrored:
         raise ValueError(
-            f"blocks {down} with {up} cannot be read; only DownBlock2D and AttnDownBlock2D, with the same of UpBlock2D in reverse order"
+            f"blocks {down} with {up} cannot be read; only DownBlock2D and AttnDownBlock2D, "
+            "with the same of UpBlock2D in reverse order"
         )
-    return [size // 2**i for i, b in enumerate(down) if b.startswith("Attn")]
+    return [size // 2**i for i, block in enumerate(down) if block.startswith("Attn")]
 
 
-def _arguments(c, size, channels, null_class):
+def _multiplier(width, first):
+    "width / first, an int where it is one."
+    return width / first if width % first else width // first
+
+
+def _arguments(settings, size, channels, null_class):
     "The arguments of the `UNet` that a UNet2DModel's settings describe."
-    first, n = c["block_out_channels"][0], c["num_class_embeds"]
-    channels = channels or min(c["in_channels"], c["out_channels"])
-    return dict(
+    widths = settings["block_out_channels"]
+    rows = settings["num_class_embeds"]
+    if (
+        channels is None
+    ):  # fewer come in than go out with a learned variance, and more with an image condition
+        channels = min(settings["in_channels"], settings["out_channels"])
+    arguments = dict(
         size=size,
         channels=channels,
-        image_channels=c["in_channels"] - channels,
-        outputs=c["out_channels"],
-        classes=n - bool(null_class) if n else 0,
-        width=first,
-        multipliers=[w / first if w % first else w // first for w in c["block_out_channels"]],
-        attention=_attention(c, size),
-        head_channels=c["attention_head_dim"] or 0,
-        scale_shift=c["resnet_time_scale_shift"] == "scale_shift",
-        resample="conv" if c["downsample_padding"] else "same",
-        **{ours: c[theirs] for theirs, ours in _plain.items()},
+        image_channels=settings["in_channels"] - channels,
+        outputs=settings["out_channels"],
+        classes=rows - bool(null_class) if rows else 0,
+        width=widths[0],
+        multipliers=[_multiplier(width, widths[0]) for width in widths],
+        attention=_attention(settings, size),
+        head_channels=settings["attention_head_dim"] or 0,
+        scale_shift=settings["resnet_time_scale_shift"] == "scale_shift",
+        resample="conv" if settings["downsample_padding"] else "same",
     )
+    for theirs, ours in _same_settings.items():
+        arguments[ours] = settings[theirs]
+    return arguments
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-21
-def _as_ours(c, tensors, null_class):
-    "The tensors as our U-Net counts on them: today's names, sine before cosine, and a last row for no class."
-    tensors = {
-        re.sub(r"\b(query|key|value|proj_attn)\b", lambda m: _older[m[0]], name): v
-        for name, v in tensors.items()
-    }
-    time, label = "time_embedding.linear_1.weight", "class_embedding.weight"
-    if c["flip_sin_to_cos"] and time in tensors:
-        tensors[time] = tensors[time].roll(tensors[time].shape[1] // 2, dims=1)
+# names of attention's maps in older files, and today's
+_older_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _todays_name(name):
+    "A tensor's name as newer files have it."
+    return ".".join(_older_names.get(part, part) for part in name.split("."))
+
+
+def _as_ours(settings, tensors, null_class):
+    "The tensors as our U-Net expects them: today's names, sine before cosine, and a last row for no class."
+    tensors = {_todays_name(name): tensor for name, tensor in tensors.items()}
+
+    time = "time_embedding.linear_1.weight"
+    if settings["flip_sin_to_cos"] and time in tensors:
+        half = tensors[time].shape[1] // 2
+        tensors[time] = tensors[time].roll(half, dims=1)  # W Π: the halves of the columns change places
+
+    label = "class_embedding.weight"
     if label in tensors and not null_class:
-        tensors[label] = torch.cat([tensors[label], torch.zeros_like(tensors[label][:1])])
+        no_class = torch.zeros_like(tensors[label][:1])
+        tensors[label] = torch.cat([tensors[label], no_class])
     return tensors
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-22
-def from_diffusers(config, tensors, size=None, channels=None, null_class=None):
-    """The `UNet`, in evaluation mode, that diffusers' UNet2DModel with this config and these tensors is.
+def from_diffusers(
+    config,  # the settings of a UNet2DModel, a dict
+    tensors,  # its tensors by name
+    size=None,  # pixels of a side; needed where the config has no single `sample_size`
+    channels=None,  # of the images; needed for an image condition together with a learned variance
+    null_class=None,  # is the last class "no class"? None: as `to_diffusers` has noted, otherwise no
+):
+    """The `UNet`, in evaluation mode, that computes what diffusers' UNet2DModel does.
 
-    `size` and `channels` are needed where the config leaves them open: no `sample_size`, or an image condition and a learned variance at once.
-    `null_class` says whether the last class is "no class", as `to_diffusers` notes in its configs. ValueError for what cannot be read or does not fit.
+    Raises: ValueError for what cannot be read or does not fit.
     """
-    c = _settings(config)
-    if not isinstance(size := size or c["sample_size"], int):
+    settings = _settings(config)
+    size = size or settings["sample_size"]
+    if not isinstance(size, int):
         raise ValueError(
             f"a U-Net has one size, that of its square images; give size= where the config says {size}"
         )
-    null_class = config.get("_null_class", False) if null_class is None else null_class
-    net = UNet(**_arguments(c, size, channels or config.get("_channels"), null_class))
+    channels = channels or config.get("_channels")
+    if null_class is None:
+        null_class = config.get("_null_class", False)
+    net = UNet(**_arguments(settings, size, channels, null_class))
+
     views = diffusers_tensors(net)
-    named = SimpleNamespace(
-        state_dict=lambda: views,
-        load_state_dict=lambda tensors: [views[name].copy_(v) for name, v in tensors.items()],
-    )
-    restore(named, _as_ours(c, tensors, null_class), "the UNet2DModel")
+    tensors = _as_ours(settings, tensors, null_class)
+    wrong = mismatches(views, tensors)
+    if wrong:
+        more = " …" if len(wrong) > 3 else ""
+        raise ValueError(f"the UNet2DModel is of another architecture: {'; '.join(wrong[:3])}{more}")
+    for name, view in views.items():
+        view.copy_(tensors[name])
     return net.eval()
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-28
-_words = {  # what a scheduler says, and what it is called here
+def _cosine(T, start, end):
+    "The cosine schedule, which has no ends to choose."
+    return schedules.cosine(T)
+
+
+def _sigmoid_betas(T, start, end):
+    "Betas along a sigmoid from `start` to `end`."
+    return start + (end - start) * torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
+
+
+_scheduler_words = {  # a setting of a scheduler: what diffusers calls its values, and what they are here
     "prediction_type": {"epsilon": "eps", "sample": "x0", "v_prediction": "v"},
     "variance_type": {
         "fixed_small": "fixed_small",
@@ -303,120 +394,142 @@ _words = {  # what a scheduler says, and what it is called here
     "beta_schedule": {
         "linear": schedules.linear,
         "scaled_linear": schedules.scaled_linear,
-        "squaredcos_cap_v2": lambda T, start, end: schedules.cosine(T),
-        "sigmoid": lambda T, start, end: (
-            start + (end - start) * torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
-        ),
+        "squaredcos_cap_v2": _cosine,
+        "sigmoid": _sigmoid_betas,
     },
 }
 
 
+def _formula_of(betas):
+    "The name of the formula that gives these betas, or None."
+    T = len(betas)
+    start, end = float(betas[0]), float(betas[-1])
+    for name, formula in _scheduler_words["beta_schedule"].items():
+        if torch.allclose(formula(T, start, end), betas, rtol=1e-12, atol=0):
+            return name
+    return None
+
+
 def to_scheduler(process):
-    "The `scheduler_config.json` of diffusers' DDPMScheduler for a process. Raises ValueError where the network sees noise levels in place of t."
+    """The `scheduler_config.json` of diffusers' DDPMScheduler for a process.
+
+    Raises: ValueError where the network sees noise levels in place of t.
+    """
     if process.continuous:
         raise ValueError(
-            "diffusers' DDPMPipeline tells its network t; a process with continuous noise levels cannot be written"
+            "diffusers' DDPMPipeline tells its network t; "
+            "a process with continuous noise levels cannot be written"
         )
-    T, betas = process.T, process.schedule.betas.cpu()
-    start, end = float(betas[0]), float(betas[-1])
-    name = next(
-        (
-            n
-            for n, f in _words["beta_schedule"].items()
-            if torch.allclose(f(T, start, end), betas, rtol=1e-12, atol=0)
-        ),
-        None,
-    )
+    betas = process.schedule.betas.cpu()
+    formula = _formula_of(betas)
+    their_prediction = {ours: theirs for theirs, ours in _scheduler_words["prediction_type"].items()}
     return {
         "_class_name": "DDPMScheduler",
-        "num_train_timesteps": T,
-        "beta_start": start,
-        "beta_end": end,
-        "beta_schedule": name or "linear",
-        "trained_betas": None if name else betas.tolist(),
+        "num_train_timesteps": process.T,
+        "beta_start": float(betas[0]),
+        "beta_end": float(betas[-1]),
+        "beta_schedule": formula or "linear",
+        "trained_betas": None if formula else betas.tolist(),
         "variance_type": process.variance,
         "clip_sample": True,
         "timestep_spacing": "leading",
-        "prediction_type": {ours: theirs for theirs, ours in _words["prediction_type"].items()}[
-            process.predict
-        ],
+        "prediction_type": their_prediction[process.predict],
     }
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-29
+_scheduler_defaults = {
+    "prediction_type": "epsilon",
+    "variance_type": None,
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
+
+
 def from_scheduler(config):
-    "The `Diffusion` of a scheduler's config, DDPM's or any other that has betas. Raises ValueError for one without, or for what there is not here."
+    """The `Diffusion` of a scheduler's config, DDPM's or any other that has betas.
+
+    Raises: ValueError for one without betas, and for values that are unknown here.
+    """
     if config.get("trained_betas") is None and "beta_schedule" not in config:
         raise ValueError(
             f"{config.get('_class_name', 'this scheduler')} has no betas, so it is no process of this kind"
         )
-    c = {
-        "prediction_type": "epsilon",
-        "variance_type": None,
-        "num_train_timesteps": 1000,
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        **config,
-    }
-    for name, words in _words.items():
-        if c[name] not in words:
-            raise ValueError(
-                f"a scheduler with {name}={c[name]!r} cannot be read; only {', '.join(map(repr, filter(None, words)))}"
-            )
-    betas, formula = c.get("trained_betas"), _words["beta_schedule"][c["beta_schedule"]]
-    betas = (
-        formula(c["num_train_timesteps"], c["beta_start"], c["beta_end"])
-        if betas is None
-        else torch.tensor(betas, dtype=torch.float64)
-    )
-    betas = schedules.zero_terminal_snr(betas) if c.get("rescale_betas_zero_snr") else betas
-    return Diffusion(
-        Schedule(betas),
-        _words["prediction_type"][c["prediction_type"]],
-        _words["variance_type"][c["variance_type"]],
-    )
+    settings = {**_scheduler_defaults, **config}
+    ours = {}
+    for name, words in _scheduler_words.items():
+        if settings[name] not in words:
+            readable = ", ".join(repr(word) for word in words if word is not None)
+            raise ValueError(f"a scheduler with {name}={settings[name]!r} cannot be read; only {readable}")
+        ours[name] = words[settings[name]]
+
+    if settings["trained_betas"] is None:
+        formula = ours["beta_schedule"]
+        betas = formula(settings["num_train_timesteps"], settings["beta_start"], settings["beta_end"])
+    else:
+        betas = torch.tensor(settings["trained_betas"], dtype=torch.float64)
+    if settings["rescale_betas_zero_snr"]:
+        betas = schedules.zero_terminal_snr(betas)
+    return Diffusion(Schedule(betas), ours["prediction_type"], ours["variance_type"])
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-32
+_model_index = {
+    "_class_name": "DDPMPipeline",
+    "unet": ["diffusers", "UNet2DModel"],
+    "scheduler": ["diffusers", "DDPMScheduler"],
+}
+
+
 def export_diffusers(folder, system):
-    "Write a system's `denoiser` and `process` as diffusers' DDPMPipeline saves itself. ValueError, before anything is written, for what it cannot express; OSError."
-    folder, (config, tensors), scheduler = (
-        Path(folder),
-        to_diffusers(system.denoiser),
-        to_scheduler(system.process),
-    )
+    """Write a system's `denoiser` and `process` as diffusers' DDPMPipeline saves itself.
+
+    Raises: ValueError, before anything is written, for what it cannot express; OSError where it cannot be
+    written.
+    """
+    folder = Path(folder)
+    config, tensors = to_diffusers(system.denoiser)
+    scheduler = to_scheduler(system.process)
     save_tensors(folder / _tensors_at, tensors, {})
     write_json(folder / _unet_at, config)
     write_json(folder / _scheduler_at, scheduler)
-    write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "DDPMPipeline",
-            "unet": ["diffusers", "UNet2DModel"],
-            "scheduler": ["diffusers", "DDPMScheduler"],
-        },
-    )
+    write_json(folder / "model_index.json", _model_index)
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-33
-def _read(path, how):
-    "`how(path)`, with errors that say what is expected there: FileNotFoundError, or ValueError for a damaged file."
+def _read(path, reader):
+    """`reader(path)`, with errors that say what is expected: FileNotFoundError, or ValueError for a damaged
+    file.
+    """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing; what diffusers saves with safe_serialization=True has {_unet_at}, {_tensors_at} and {_scheduler_at}"
+            f"{path} is missing; what diffusers saves with safe_serialization=True "
+            f"has {_unet_at}, {_tensors_at} and {_scheduler_at}"
         )
     try:
-        return how(path)
+        return reader(path)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is damaged ({e}); copy it again") from e
 
 
-def import_diffusers(folder, **known):
-    """The network and the process of a folder that diffusers' DDPMPipeline or DDIMPipeline saved: `(UNet, Diffusion)`, on the CPU.
+def _read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
-    `known` goes to `from_diffusers`. Raises FileNotFoundError for missing files, ValueError for damaged ones and for what cannot be read.
+
+def import_diffusers(
+    folder,  # what diffusers' DDPMPipeline or DDIMPipeline has saved
+    size=None,  # pixels of a side; needed where the config has no single `sample_size`
+    channels=None,  # of the images; needed for an image condition together with a learned variance
+    null_class=None,  # is the last class "no class"? None: as `export_diffusers` has noted, otherwise no
+):
+    """The network and the process of a saved pipeline: `(UNet, Diffusion)`, on the CPU.
+
+    Raises: FileNotFoundError for missing files, ValueError for damaged ones and for what cannot be read.
     """
     folder = Path(folder)
-    config, scheduler = (
-        _read(folder / at, lambda path: json.loads(path.read_text(encoding="utf-8")))
-        for at in (_unet_at, _scheduler_at)
-    )
-    return from_diffusers(config, _read(folder / _tensors_at, load_file), **known), from_scheduler(scheduler)
+    config = _read(folder / _unet_at, _read_json)
+    scheduler = _read(folder / _scheduler_at, _read_json)
+    tensors = _read(folder / _tensors_at, load_file)
+    net = from_diffusers(config, tensors, size=size, channels=channels, null_class=null_class)
+    return net, from_scheduler(scheduler)

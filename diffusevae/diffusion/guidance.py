@@ -7,7 +7,6 @@ __all__ = ['with_null', 'rescale_std', 'check_guidance', 'cfg', 'NoisyClassifier
            'classifier_guided']
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-03
-import math
 from dataclasses import replace
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..core.checkpoints import configured
 from ..core.layers import downsample, group_norm
+from ..core.parameters import at_least
 from ..core.pixels import column
 from .conditions import check_labels, null_condition
 from .unet import Embedding, UNetStage
@@ -23,58 +23,79 @@ from .unet import Embedding, UNetStage
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-06
 def with_null(cond):
     "A condition and, below it, the one that says nothing: twice the batch, all parts together."
-    nothing = null_condition(cond)
-    return cond.map(lambda name, v: torch.cat([v, getattr(nothing, name)]))
+    null = null_condition(cond)
+
+    def part_and_null(name, part):
+        return torch.cat([part, getattr(null, name)])
+
+    return cond.map(part_and_null)
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-09
 def rescale_std(out, like, share):
-    "`out` `(B, C, …)` with each sample's standard deviation moved to that of `like` for a `share` of the way in [0, 1]. Source: Lin et al. 2024, section 3.4."
+    """`out` `(B, C, …)` with each sample's standard deviation moved towards that of `like`.
+
+    `share`, in [0, 1], is how far: 0 changes nothing, 1 gives the standard deviation of `like`.
+
+    Source: Lin et al. 2024, section 3.4.
+    """
     over = tuple(range(1, out.ndim))
-    now = out.std(over, keepdim=True).clamp(
-        min=torch.finfo(out.dtype).tiny
-    )  # a fresh network answers 0 everywhere
-    return out * (1 + share * (like.std(over, keepdim=True) / now - 1))
+    tiny = torch.finfo(out.dtype).tiny
+    std = out.std(over, keepdim=True).clamp(min=tiny)  # a fresh network answers 0 everywhere
+    ratio = like.std(over, keepdim=True) / std
+    return out * (1 + share * (ratio - 1))
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-12
-def _check_weight(w, least):
-    if not (math.isfinite(w) and w >= least):
-        raise ValueError(
-            f"the guidance weight w must be a finite number of at least {least}, got {w}; w = 0 is unguided"
-        )
-
-
 def check_guidance(model, w, interval, rescale):
-    "Raises ValueError for settings that `cfg` cannot use, or a denoiser that was built without any condition."
-    _check_weight(w, least=-1)
+    """Checks the settings of `cfg`.
+
+    Raises: ValueError for those that it cannot use, or a denoiser that was built without any condition.
+    """
+    at_least(-1, w=w)
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
-    if interval is not None and not (
-        isinstance(interval, (tuple, list)) and len(interval) == 2 and interval[0] <= interval[1]
-    ):
-        raise ValueError(f"interval must be (low, high) in the time input's units, got {interval}")
+    if interval is not None:
+        pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+        if not pair or not interval[0] <= interval[1]:
+            raise ValueError(f"interval must be (low, high) in the time input's units, got {interval}")
     takes = getattr(model, "takes", None)  # plain functions do not say
     if takes is not None and all(shape is None for shape in takes.values()):
         raise ValueError(
-            f"this {type(model).__name__} takes no condition, so there is nothing to guide by; build it with classes, image_channels or z_dim"
+            f"this {type(model).__name__} takes no condition, so there is nothing to guide by; "
+            "build it with classes, image_channels or z_dim"
         )
 
 
-def _further(out, free, w, x_t, rescale):
-    "out + w·(out - free) in x_t's channels and type, rescaled; what follows them, a learned variance, is that of `out`."
+def _extrapolated(
+    conditional,  # the network's output with the condition, (B, C, …), or (B, 2C, …) with a learned variance
+    free,  # its output without, like it
+    w,  # the weight: a number, or one for each sample, shaped to multiply
+    x_t,  # the images, (B, C, …)
+    rescale,  # how far standard deviations go back to those with the condition, in [0, 1]
+):
+    "conditional + w·(conditional - free) in x_t's channels and type, with the variance of `conditional`."
     channels = x_t.shape[1]
-    told, free = out[:, :channels].to(x_t.dtype), free[:, :channels].to(x_t.dtype)
-    towards = told + w * (told - free)
-    towards = rescale_std(towards, told, rescale) if rescale else towards
-    return torch.cat([towards, out[:, channels:]], dim=1) if out.shape[1] > channels else towards
+    with_cond = conditional[:, :channels].to(x_t.dtype)
+    without = free[:, :channels].to(x_t.dtype)
+    guided = with_cond + w * (with_cond - without)
+    if rescale:
+        guided = rescale_std(guided, with_cond, rescale)
+    if conditional.shape[1] == channels:
+        return guided
+    return torch.cat([guided, conditional[:, channels:]], dim=1)
 
 
 def cfg(model, w, interval=None, rescale=0.0):
-    """Classifier-free guidance: a denoiser with the output (1 + w)·out(cond) - w·out(null), by one call on the doubled batch.
+    """Classifier-free guidance: a denoiser with the output (1 + w)·out(cond) - w·out(null).
 
-    w = 0 is unguided and costs one plain call, w = -1 the model without condition; a scale g of the form null + g·(cond - null) is w = g - 1.
-    `interval` (low, high) guides samples with low <= time input <= high; `rescale` as `rescale_std`'s share. A learned variance is the
-    conditional one. Raises ValueError for w below -1, a rescale outside [0, 1], an interval upside down, a denoiser built without
-    condition, or a call without one. Source: Ho and Salimans 2022, equation 6; interval: Kynkäänniemi et al. 2024, section 3.
+    One call on the doubled batch gives both. w = 0 is unguided and costs one plain call, w = -1 is the
+    model without condition; a scale g of the form null + g·(cond - null) is w = g - 1. `interval` (low,
+    high) guides samples with low <= time input <= high only. `rescale`, in [0, 1], is how far standard
+    deviations are moved back to those of the conditional output. A learned variance is the conditional
+    one.
+
+    Raises: ValueError for w below -1, a rescale outside [0, 1], an interval upside down, a denoiser built
+    without condition, or a call without one.
+    Source: Ho and Salimans 2022, equation 6; interval: Kynkäänniemi et al. 2024, section 3.
     """
     check_guidance(model, w, interval, rescale)
 
@@ -83,136 +104,182 @@ def cfg(model, w, interval=None, rescale=0.0):
             raise ValueError(
                 "guidance needs a condition to compare with none; give a Cond, for example with labels"
             )
-        on = None if interval is None else (interval[0] <= t) & (t <= interval[1])
-        if w == 0 or on is not None and not on.any():
+        if w == 0:
             return model(x_t, t, cond)
-        out, free = model(torch.cat([x_t, x_t]), torch.cat([t, t]), with_null(cond)).chunk(2)
-        return _further(out, free, w if on is None else w * column(on, x_t).to(x_t.dtype), x_t, rescale)
+        weight = w
+        if interval is not None:
+            low, high = interval
+            inside = (low <= t) & (t <= high)
+            if not inside.any():
+                return model(x_t, t, cond)
+            weight = w * column(inside, x_t).to(x_t.dtype)  # 0 for samples outside of the interval
+        both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), with_null(cond))
+        conditional, free = both.chunk(2)
+        return _extrapolated(conditional, free, weight, x_t, rescale)
 
     return guided
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-38
 @configured
 class NoisyClassifier(nn.Module):
-    """p(label | x_t): half a U-Net that is told the time; a system with a `loss`. `process` says what noise it is trained on.
+    """p(label | x_t): half a U-Net that is given the time; a system with a `loss`.
 
-    Images `(B, channels, size, size)`, t the process's time input `(B,)`, logits `(B, classes)`; `width` times `multipliers` channels, half the
-    resolution between them; `patch` folds patch × patch pixels into channels first. ValueError for a size that `patch` does not divide,
-    other images, or labels outside 0 … classes - 1. Source: Dhariwal and Nichol 2021, section 4.
+    Images `(B, channels, size, size)`, t the process's time input `(B,)`, logits `(B, classes)`. The
+    resolution is halved between two of the `multipliers`.
+
+    Raises: ValueError for a size that `patch` does not divide, other images, or labels outside 0 …
+    classes - 1.
+    Source: Dhariwal and Nichol 2021, section 4.
     """
 
-    def __init__(self, size, channels, classes, process, width=32, multipliers=(1, 2), patch=1):
+    def __init__(
+        self,
+        size,  # pixels of the square images
+        channels,  # of the images
+        classes,  # how many labels there are
+        process,  # says what noise it is trained on
+        width=32,  # channels at the first resolution, in units of which the others are given
+        multipliers=(1, 2),  # channels at each resolution, in units of the width
+        patch=1,  # patch × patch pixels are folded into channels first
+    ):
         super().__init__()
         if size % patch:
             raise ValueError(f"size {size} cannot be folded by {patch}; choose a patch that divides it")
-        self.size, self.channels, self.classes, self.process, self.patch = (
-            size,
-            channels,
-            classes,
-            process,
-            patch,
-        )
-        widths, emb = [width * m for m in multipliers], 4 * width
-        self.embedding = Embedding(width, emb, scale=1000.0 if process.continuous else 1.0)
-        self.stem = nn.Conv2d(channels * patch**2, width, 3, padding=1)
-        self.stages = nn.ModuleList(UNetStage(a, b, emb) for a, b in zip([width, *widths], widths))
-        self.down = nn.ModuleList([*(downsample(c, c) for c in widths[:-1]), nn.Identity()])
+        self.size = size
+        self.channels = channels
+        self.classes = classes
+        self.process = process
+        self.patch = patch
+        c_emb = 4 * width
+        self.embedding = Embedding(width, c_emb, scale=1000.0 if process.continuous else 1.0)
+        self.stem = nn.Conv2d(channels * patch**2, width, kernel_size=3, padding=1)
+        self.stages = nn.ModuleList()
+        c_in = width
+        for m in multipliers:
+            self.stages.append(UNetStage(c_in, m * width, c_emb))
+            c_in = m * width
+        self.down = nn.ModuleList(downsample(m * width, m * width) for m in multipliers[:-1])
+        self.down.append(nn.Identity())  # the last resolution stays
         self.head = nn.Sequential(
-            group_norm(widths[-1]),
+            group_norm(c_in),
             nn.SiLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(widths[-1], classes),
+            nn.Linear(c_in, classes),
         )
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x_t, t):
         if x_t.shape[1:] != (self.channels, self.size, self.size):
             raise ValueError(
-                f"this classifier takes images of (B, {self.channels}, {self.size}, {self.size}), got {tuple(x_t.shape)}"
+                f"this classifier takes images of (B, {self.channels}, {self.size}, {self.size}), "
+                f"got {tuple(x_t.shape)}"
             )
         x = F.pixel_unshuffle(x_t, self.patch).contiguous(memory_format=torch.channels_last)
-        emb, h = self.embedding(t, None), self.stem(x)
+        emb = self.embedding(t, None)
+        h = self.stem(x)
         for stage, down in zip(self.stages, self.down):
             h = down(stage(h, emb))
         return self.head(h)
 
     def loss(self, batch):
         "Cross-entropy in nats at a t drawn per sample, and the share that is right: `{'loss', 'accuracy'}`."
-        check_labels(batch.label, len(batch.x), self.classes, least=0)
-        t = torch.randint(self.process.T, (len(batch.x),), device=batch.x.device)
-        logits = self(
-            self.process.add_noise(batch.x, torch.randn_like(batch.x), t), self.process.time_input(t)
-        )
-        return {
-            "loss": F.cross_entropy(logits, batch.label),
-            "accuracy": (logits.argmax(1) == batch.label).float().mean(),
-        }
+        x0 = batch.x
+        check_labels(batch.label, len(x0), self.classes, least=0)
+        t = torch.randint(self.process.T, (len(x0),), device=x0.device)
+        x_t = self.process.add_noise(x0, torch.randn_like(x0), t)
+        logits = self(x_t, self.process.time_input(t))
+        right = logits.argmax(1) == batch.label
+        return {"loss": F.cross_entropy(logits, batch.label), "accuracy": right.float().mean()}
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-42
 def class_gradient(classifier, x_t, t, label):
-    "∇ log p(label | x_t) with respect to x_t, of its shape, also where gradients are off; 0 for the label -1. ValueError for labels that the classifier does not have."
+    """∇ log p(label | x_t) with respect to x_t, of its shape, also where gradients are off; 0 for the
+    label -1.
+
+    Raises: ValueError for labels that the classifier does not have.
+    """
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         log_p = F.log_softmax(classifier(x, t).to(x.dtype), dim=1)
-        check_labels(label, *log_p.shape)
-        chosen = log_p.gather(1, label.clamp(min=0)[:, None])[:, 0]
-        return torch.autograd.grad(torch.where(label < 0, 0, chosen).sum(), x)[0]
+        samples, classes = log_p.shape
+        check_labels(label, samples, classes)
+        of_label = log_p.gather(1, label.clamp(min=0)[:, None])[:, 0]
+        total = torch.where(label < 0, 0, of_label).sum()
+        return torch.autograd.grad(total, x)[0]
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-46
 def guidance_factor(process, t, x):
-    "What ∇ log p(label | x_t) is multiplied with to shift eps, x0 or v, shaped to multiply `x`; 0 for x0 and v where no signal is left. t is the time input `(B,)`."
+    """What ∇ log p(label | x_t) is multiplied with to shift eps, x0 or v, shaped to multiply `x`.
+
+    t is the time input `(B,)`. Where no signal is left, the factor of x0 and v is 0.
+    """
     abar = process.abar_seen(t, x)
-    ratio = torch.where(abar > 0, (1 - abar) / abar, 0)
-    return {"eps": -((1 - abar).sqrt()), "x0": ratio * abar.sqrt(), "v": -ratio.sqrt()}[process.predict].to(
-        x.dtype
-    )
+    if process.predict == "eps":
+        factor = -((1 - abar).sqrt())
+    else:
+        ratio = torch.where(abar > 0, (1 - abar) / abar, 0)  # noise to signal, 1 / SNR
+        factor = ratio * abar.sqrt() if process.predict == "x0" else -ratio.sqrt()
+    return factor.to(x.dtype)
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-48
-def _told(model, cond):
-    "What a denoiser hears of a condition whose label is meant for a classifier: all of it, or all but a label that it does not take."
-    deaf = getattr(model, "takes", {"label": ()})["label"] is None
-    return replace(cond, label=None) if deaf else cond
+def _what_it_takes(model, cond):
+    "The condition of a denoiser whose label is meant for a classifier: without the label if it takes none."
+    takes = getattr(model, "takes", None)  # plain functions do not say, and get all of it
+    if takes is not None and takes["label"] is None:
+        return replace(cond, label=None)
+    return cond
 
 
-def _shared(model, classifier, process):
-    "The process that a classifier and a denoiser share. ValueError when they differ in images or noise, or none is known."
+def _shared_process(model, classifier, process):
+    "The process of a classifier and a denoiser; ValueError when images or noise differ, or none is known."
     own = getattr(classifier, "process", process)
     if own is None:
         raise ValueError(
             "this classifier has no process of its own; say by process= what noise it and the denoiser know"
         )
-    process = process or own
-    if process.continuous != own.continuous or not (
-        own.continuous or torch.equal(process.schedule.abar, own.schedule.abar)
-    ):
+    if process is None:
+        process = own
+    same = process.continuous == own.continuous
+    if not own.continuous:
+        same = same and torch.equal(process.schedule.abar, own.schedule.abar)
+    if not same:
         raise ValueError(
             "the classifier was trained on another noise schedule than the denoiser's; train it on the same"
         )
     for part in ("size", "channels"):
-        ours, theirs = getattr(classifier, part, None), getattr(model, part, None)
-        if None not in (ours, theirs) and ours != theirs:
+        ours = getattr(classifier, part, None)
+        theirs = getattr(model, part, None)
+        if ours is not None and theirs is not None and ours != theirs:
             raise ValueError(
-                f"the classifier was built for images of {part} {ours}, the denoiser for {part} {theirs}; they must agree"
+                f"the classifier was built for images of {part} {ours}, the denoiser for {part} {theirs}; "
+                "they must agree"
             )
     return process
 
 
 def classifier_guided(model, classifier, w, process=None):
-    """Classifier guidance: a denoiser whose eps is eps - w·√(1 - abar)·∇ log p(label | x_t), in whatever `process` predicts (the classifier's unless given).
+    """Classifier guidance: a denoiser whose eps is eps - w·√(1 - abar)·∇ log p(label | x_t).
 
-    The label is the condition's; it reaches the model too, if that takes labels. For such a model w is that of `cfg`; for one without, it is
-    1 + that. Raises ValueError for w below 0, a classifier of other images or noise than the denoiser's, or a call without labels or with
-    wrong ones. Source: Dhariwal and Nichol 2021, algorithm 2 and equation 14.
+    It answers in whatever `process` predicts (the classifier's unless given). The label is the
+    condition's; it reaches the model too, if that takes labels. For such a model w is that of `cfg`; for
+    one without, it is 1 + that.
+
+    Raises: ValueError for w below 0, a classifier of other images or noise than the denoiser's, or a call
+    without labels or with wrong ones.
+    Source: Dhariwal and Nichol 2021, algorithm 2 and equation 14.
     """
-    _check_weight(w, least=0)
-    process = _shared(model, classifier, process)
+    at_least(0, w=w)
+    process = _shared_process(model, classifier, process)
 
     def guided(x_t, t, cond=None):
         if cond is None or cond.label is None:
             raise ValueError("classifier guidance needs labels; give a Cond with a label for each sample")
-        shift = w * guidance_factor(process, t, x_t) * class_gradient(classifier, x_t, t, cond.label)
-        out, channels = model(x_t, t, _told(model, cond)), x_t.shape[1]
-        return torch.cat([out[:, :channels].to(x_t.dtype) + shift, out[:, channels:]], dim=1)
+        gradient = class_gradient(classifier, x_t, t, cond.label)
+        shift = w * guidance_factor(process, t, x_t) * gradient
+        out = model(x_t, t, _what_it_takes(model, cond))
+        channels = x_t.shape[1]
+        shifted = out[:, :channels].to(x_t.dtype) + shift
+        return torch.cat([shifted, out[:, channels:]], dim=1)  # a learned variance stays
 
     return guided

@@ -28,44 +28,67 @@ from .conditions import Cond, check_labels
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-06
 class Embedding(nn.Module):
-    """What every block hears: the time, and, where the network has them, the code z and the class, as `(B, dim)`.
+    """What every block is told: the time, float `(B,)`, and, where it is taken, the code z and the class.
 
-    t float `(B,)`, times `scale`, becomes `width` sinusoids (`shift` as in `time_embedding`). `classes` rows for the classes and one more,
-    the last, for "no class", which the null label -1 selects.
+    Their sum is a vector `(B, dim)`. The class's table has a last row for "no class", which the null label -1
+    selects.
+
+    Source: Ho et al. 2020, appendix B; classes as in Dhariwal and Nichol 2021.
     """
 
-    def __init__(self, width, dim, z_dim=0, classes=0, scale=1.0, shift=0):
+    def __init__(
+        self,
+        width,  # sinusoids of the time, half of them sines
+        dim,  # numbers of the vector
+        z_dim=0,  # numbers of the code z, 0 for none
+        classes=0,  # labels, 0 for none
+        scale=1.0,  # multiplies the time: about 1000 where it is √abar in [0, 1]
+        shift=0,  # 1 makes the slowest frequency 1/10000 exactly, as in the code of Ho et al. 2020
+    ):
         super().__init__()
-        self.width, self.scale, self.shift = width, scale, shift
+        self.width = width
+        self.scale = scale
+        self.shift = shift
         self.time = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.z = nn.Linear(z_dim, dim) if z_dim else None
         self.label = nn.Embedding(classes + 1, dim) if classes else None
 
     def forward(self, t, cond):
-        h = self.time(
-            time_embedding(self.scale * t, self.width, shift=self.shift).to(self.time[0].weight.dtype)
-        )
+        sinusoids = time_embedding(self.scale * t, self.width, shift=self.shift)
+        h = self.time(sinusoids.to(self.time[0].weight.dtype))
         if self.z is not None:
             h = h + self.z(cond.z)
         if self.label is not None:
-            h = h + self.label(torch.where(cond.label < 0, self.label.num_embeddings - 1, cond.label))
+            no_class = self.label.num_embeddings - 1
+            h = h + self.label(torch.where(cond.label < 0, no_class, cond.label))
         return h
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-09
 class UNetStage(nn.Module):
-    """A residual block and, where asked for, attention: `(B, c_in, H, W) -> (B, c_out, H, W)`; `heads` 0 is without.
+    """A residual block and, where asked for, attention: `(B, c_in, H, W) -> (B, c_out, H, W)`.
 
-    `head_channels` gives the size of a head in place of their number; `groups` and `scale_shift` as in `ResidualBlock`.
-    Raises ValueError when the heads do not divide `c_out`. Source: Ho et al. 2020, appendix B.
+    Raises: ValueError when the heads do not divide `c_out`.
+    Source: Ho et al. 2020, appendix B.
     """
 
-    def __init__(self, c_in, c_out, emb, dropout=0.0, heads=0, groups=8, scale_shift=True, head_channels=0):
+    def __init__(
+        self,
+        c_in,  # channels of the input
+        c_out,  # channels of the output
+        emb,  # numbers of the embedding of time and condition
+        dropout=0.0,  # share of the features that training sets to 0
+        heads=0,  # heads of attention, 0 for none
+        groups=8,  # of the group norms, at most
+        scale_shift=True,  # the embedding scales and shifts after the norm; False: it is added before
+        head_channels=0,  # channels of a head, in place of their number; 0 leaves it to `heads`
+    ):
         super().__init__()
-        if heads and head_channels and c_out % head_channels:
-            raise ValueError(
-                f"heads of {head_channels} channels do not divide {c_out} channels; choose a divisor"
-            )
-        heads = c_out // head_channels if heads and head_channels else heads
+        if heads and head_channels:
+            if c_out % head_channels:
+                raise ValueError(
+                    f"heads of {head_channels} channels do not divide {c_out} channels; choose a divisor"
+                )
+            heads = c_out // head_channels
         self.residual = ResidualBlock(c_in, c_out, emb, dropout, groups, scale_shift)
         self.attention = SelfAttention(c_out, heads, groups) if heads else nn.Identity()
 
@@ -74,11 +97,17 @@ class UNetStage(nn.Module):
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-12
 class UNetMiddle(nn.Module):
-    "The bottom of the U: two residual blocks with attention between them, `(B, c, H, W)` to the same shape. Source: as `UNetStage`."
+    """The bottom of the U: two residual blocks with attention between them, `(B, c, H, W)` to the same shape.
+
+    `stage(c_in, c_out, heads=…)` makes a block.
+
+    Source: Ho et al. 2020, appendix B.
+    """
 
     def __init__(self, c, stage, heads):
         super().__init__()
-        self.first, self.second = stage(c, c, heads=heads), stage(c, c, heads=0)
+        self.first = stage(c, c, heads=heads)
+        self.second = stage(c, c, heads=0)
 
     def forward(self, x, emb):
         return self.second(self.first(x, emb), emb)
@@ -87,39 +116,73 @@ class UNetMiddle(nn.Module):
 class UNetLevel(nn.Module):
     """One resolution of the U and, inside it, all lower ones: `(B, c_in, H, W) -> (B, widths[0], H, W)`.
 
-    Every tensor of the way down, the level's input included, meets a block of the way up. `stage(c_in, c_out, heads)` makes a block;
-    `attention` lists the values of `size` (halved at each level) that have it. Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B.
+    Every tensor of the way down, the level's input included, meets a block of the way up.
+
+    Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B.
     """
 
-    def __init__(self, size, c_in, widths, blocks, stage, attention, heads, resample="conv"):
+    def __init__(
+        self,
+        size,  # pixels of a side of this level's grid; each lower level has half as many
+        c_in,  # channels of the input
+        widths,  # channels of this level and of all lower ones, in order
+        blocks,  # blocks on the way down; there is one more on the way up
+        stage,  # makes a block: `stage(c_in, c_out, heads=…)`
+        attention,  # the values of `size` that have attention
+        heads,  # of each attention
+        resample="conv",  # between levels: conv, same or pool
+    ):
         super().__init__()
-        w, here = widths[0], heads if size in attention else 0
-        self.down = nn.ModuleList(stage(c, w, heads=here) for c in [c_in] + [w] * (blocks - 1))
-        self.lower = (
-            self._lower(size, widths, blocks, stage, attention, heads, resample)
-            if widths[1:]
-            else UNetMiddle(w, stage, heads)
-        )
-        c = widths[1] if widths[1:] else w
-        self.up = nn.ModuleList(
-            stage(a + b, w, heads=here) for a, b in zip([c] + [w] * blocks, [w] * blocks + [c_in])
-        )
+        width = widths[0]
+        heads_here = heads if size in attention else 0
 
-    def _lower(self, size, widths, *how):
-        (w, lower), resample = widths[:2], how[-1]
-        inner = UNetLevel(size // 2, w, widths[1:], *how)
-        return nn.ModuleList([downsample(w, w, resample), inner, upsample(lower, lower, resample)])
+        # down: c_in → width, then width → width
+        down = []
+        c = c_in
+        for _ in range(blocks):
+            down.append(stage(c, width, heads=heads_here))
+            c = width
+        self.down = nn.ModuleList(down)
+
+        if len(widths) > 1:
+            c_below = widths[1]
+            inner = UNetLevel(
+                size=size // 2,
+                c_in=width,
+                widths=widths[1:],
+                blocks=blocks,
+                stage=stage,
+                attention=attention,
+                heads=heads,
+                resample=resample,
+            )
+            to_coarse = downsample(width, width, resample)
+            to_fine = upsample(c_below, c_below, resample)
+            self.lower = nn.ModuleList([to_coarse, inner, to_fine])
+        else:
+            c_below = width
+            self.lower = UNetMiddle(width, stage, heads)
+
+        # up: the skips come back in reverse order, `blocks` of them with `width` channels, at last the input
+        up = []
+        c = c_below
+        for c_skip in [width] * blocks + [c_in]:
+            up.append(stage(c + c_skip, width, heads=heads_here))
+            c = width
+        self.up = nn.ModuleList(up)
 
     def _below(self, x, emb):
+        "What the lower levels, or the bottom, make of x."
         if isinstance(self.lower, UNetMiddle):
             return self.lower(x, emb)
-        down, inner, up = self.lower
-        return up(inner(down(x), emb))
+        to_coarse, inner, to_fine = self.lower
+        return to_fine(inner(to_coarse(x), emb))
 
     def forward(self, x, emb):
         skips = [x]
         for stage in self.down:
-            skips.append(x := stage(x, emb))
+            x = stage(x, emb)
+            skips.append(x)
         x = self._below(x, emb)
         for stage in self.up:
             x = stage(torch.cat([x, skips.pop()], dim=1), emb)
@@ -127,22 +190,26 @@ class UNetLevel(nn.Module):
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-20
 def _check_sizes(size, patch, levels, attention):
-    "ValueError when the image cannot be folded and halved so often; a warning for attention at a resolution that there is not."
+    "ValueError when the image cannot be folded and halved so often; a warning for attention that is nowhere."
     if size % (patch * 2 ** (levels - 1)):
         raise ValueError(
-            f"size {size} cannot be folded by {patch} and then halved {levels - 1} times; choose another patch or fewer multipliers"
+            f"size {size} cannot be folded by {patch} and then halved {levels - 1} times; "
+            "choose another patch or fewer multipliers"
         )
     sizes = [size // 2**i for i in range(levels)]
-    if missing := sorted(set(attention) - set(sizes)):
+    missing = sorted(set(attention) - set(sizes))
+    if missing:
         warnings.warn(
-            f"attention at {missing} has no effect: the resolutions of this U-Net are {sizes}", stacklevel=4
+            f"attention at {missing} has no effect: the resolutions of this U-Net are {sizes}",
+            stacklevel=4,  # the line that builds the U-Net
         )
 
 
-def _norms_eps(net, eps):
+def _set_norm_eps(net, eps):
     "Give all group norms of `net` this ε."
-    for norm in (m for m in net.modules() if isinstance(m, nn.GroupNorm)):
-        norm.eps = eps
+    for module in net.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.eps = eps
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-22
 def _check_part(net, name, part, shape):
@@ -158,81 +225,102 @@ def _check_part(net, name, part, shape):
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-23
 class Denoiser(nn.Module):
-    """What every denoiser says of itself, `size, channels, image_channels, classes, outputs` and `takes`, and the checks that follow from it.
+    """The base of every denoiser `model(x_t, t, cond=None)`: what it takes and returns, and its checks.
 
-    `takes` is the shape, without the batch, of each part of a `Cond`, or None; `outputs` the channels that it returns: `channels`, or twice
-    as many where a learned variance is asked.
+    `takes` holds for each part of a `Cond` its shape without the batch, or None for a part that the network
+    does not take.
     """
 
-    def __init__(self, size, channels, image_channels=0, z_dim=0, classes=0, outputs=None):
+    def __init__(
+        self,
+        size,  # pixels of a side of the square images
+        channels,  # of the images
+        image_channels=0,  # of an image in the condition, 0 for none
+        z_dim=0,  # numbers of a code in the condition, 0 for none
+        classes=0,  # labels in the condition, 0 for none
+        outputs=None,  # channels returned; None is `channels`, a learned variance needs twice as many
+    ):
         super().__init__()
-        self.size, self.channels, self.image_channels, self.classes = size, channels, image_channels, classes
+        self.size = size
+        self.channels = channels
+        self.image_channels = image_channels
+        self.classes = classes
         self.outputs = outputs or channels
-        shapes = {"image": (image_channels, size, size), "z": (z_dim,), "label": ()}
         self.takes = {
-            name: shapes[name] if n else None for name, n in zip(shapes, (image_channels, z_dim, classes))
+            "image": (image_channels, size, size) if image_channels else None,
+            "z": (z_dim,) if z_dim else None,
+            "label": () if classes else None,
         }
 
     def check(self, x_t, t, cond):
-        "ValueError when x_t, t or the condition is not what this network was built for."
+        """Check that x_t, t and the condition are what this network was built for.
+
+        Raises: ValueError that says in one sentence what is not.
+        """
         net = type(self).__name__
         if x_t.shape[1:] != (self.channels, self.size, self.size):
             raise ValueError(
-                f"this {net} takes images of (B, {self.channels}, {self.size}, {self.size}), got {tuple(x_t.shape)}"
+                f"this {net} takes images of (B, {self.channels}, {self.size}, {self.size}), "
+                f"got {tuple(x_t.shape)}"
             )
         if t.shape != x_t.shape[:1]:
             raise ValueError(
                 f"t must hold one time for each of the {len(x_t)} images, got shape {tuple(t.shape)}"
             )
         for name, shape in self.takes.items():
-            _check_part(net, name, getattr(cond, name), None if shape is None else (len(x_t), *shape))
+            expected = None if shape is None else (len(x_t), *shape)
+            _check_part(net, name, getattr(cond, name), expected)
         if self.classes:
             check_labels(cond.label, len(x_t), self.classes)
 
     def beside(self, x_t, cond):
-        "x_t with the condition's image, if there is one, put beside it: `(B, channels + image_channels, H, W)`."
-        return x_t if cond.image is None else torch.cat([x_t, cond.image], dim=1)
+        "x_t with the condition's image, if any, put beside it: `(B, channels + image_channels, H, W)`."
+        if cond.image is None:
+            return x_t
+        return torch.cat([x_t, cond.image], dim=1)
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-24
 @configured
 class UNet(Denoiser):
-    """A denoiser `model(x_t, t, cond)`: `(B, channels, size, size)` to `(B, outputs, size, size)`; t is the process's float time input `(B,)`.
+    """A denoiser `model(x_t, t, cond=None)`: `(B, channels, size, size)` to `(B, outputs, size, size)`.
 
-    Channels are `width` times `multipliers`, resolution halves between them by `resample`, `blocks` residual blocks each, with `groups` in
-    their norms and the embedding as `scale_shift` or added; `attention` lists resolutions in pixels beside the lowest, with `heads` heads or heads of
-    `head_channels`. `patch` folds patch × patch pixels into channels first. `time_scale` multiplies t, about 1000 where √abar in [0, 1] is
-    given. `image_channels`, `z_dim`, `classes`: what of a `Cond` it takes. ValueError for a size that cannot be halved so often, or inputs
-    that it was not built for. Source: Ho et al. 2020, appendix B.
+    t is the process's time input, float `(B,)`. The lowest resolution has attention always.
+
+    Raises: ValueError for a size that cannot be folded and halved so often, and for inputs that it was not
+    built for.
+    Source: Ho et al. 2020, appendix B.
     """
 
     def __init__(
         self,
-        size,
-        channels=1,
-        width=32,
-        multipliers=(1, 2),
-        blocks=1,
-        attention=(),
-        heads=1,
-        dropout=0.0,
-        patch=1,
-        image_channels=0,
-        z_dim=0,
-        classes=0,
-        outputs=None,
-        scale_shift=True,
-        groups=8,
-        resample="conv",
-        time_scale=1.0,
-        head_channels=0,
-        freq_shift=0,
-        norm_eps=1e-5,
+        size,  # pixels of a side of the square images
+        channels=1,  # of the images
+        width=32,  # channels of the stem; those of each level are multiples of it
+        multipliers=(1, 2),  # of the width, one for each level; the resolution halves from one to the next
+        blocks=1,  # residual blocks of a level on the way down; one more on the way up
+        attention=(),  # resolutions in pixels that have attention, besides the lowest
+        heads=1,  # of each attention
+        dropout=0.0,  # in each residual block
+        patch=1,  # patch × patch pixels are folded into channels before the stem
+        image_channels=0,  # of an image in the condition, 0 for none
+        z_dim=0,  # numbers of a code in the condition, 0 for none
+        classes=0,  # labels in the condition, 0 for none
+        outputs=None,  # channels returned; None is `channels`, a learned variance needs twice as many
+        scale_shift=True,  # the embedding scales and shifts after the norm; False: it is added before
+        groups=8,  # of the group norms, at most
+        resample="conv",  # between levels: conv, same (pads right and below only) or pool (means)
+        time_scale=1.0,  # multiplies t: about 1000 where the network is told √abar in [0, 1]
+        head_channels=0,  # channels of a head, in place of their number; 0 leaves it to `heads`
+        freq_shift=0,  # 1 makes the slowest frequency of the time 1/10000 exactly
+        norm_eps=1e-5,  # under the root of the group norms
     ):
         super().__init__(size, channels, image_channels, z_dim, classes, outputs)
         _check_sizes(size, patch, len(multipliers), attention)
-        self.patch, widths, emb = patch, [round(width * m) for m in multipliers], 4 * width
-        self.embedding = Embedding(width, emb, z_dim, classes, time_scale, freq_shift)
-        self.stem = nn.Conv2d((channels + image_channels) * patch**2, width, 3, padding=1)
+        self.patch = patch
+        widths = [round(width * m) for m in multipliers]
+        emb = 4 * width
+        self.embedding = Embedding(width, emb, z_dim, classes, scale=time_scale, shift=freq_shift)
+        self.stem = nn.Conv2d((channels + image_channels) * patch**2, width, kernel_size=3, padding=1)
         stage = functools.partial(
             UNetStage,
             emb=emb,
@@ -242,46 +330,49 @@ class UNet(Denoiser):
             head_channels=head_channels,
         )
         self.levels = UNetLevel(
-            size // patch,
-            width,
-            widths,
-            blocks,
-            stage,
-            [a // patch for a in attention if a % patch == 0],
-            heads,
-            resample,
+            size=size // patch,
+            c_in=width,
+            widths=widths,
+            blocks=blocks,
+            stage=stage,
+            attention=[pixels // patch for pixels in attention if pixels % patch == 0],
+            heads=heads,
+            resample=resample,
         )
-        last = nn.Conv2d(widths[0], self.outputs * patch**2, 3, padding=1)
+        last = nn.Conv2d(widths[0], self.outputs * patch**2, kernel_size=3, padding=1)
         self.head = nn.Sequential(group_norm(widths[0], groups), nn.SiLU(), zero_init(last))
-        _norms_eps(self, norm_eps)
+        _set_norm_eps(self, norm_eps)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x_t, t, cond=None):
         cond = cond or Cond()
         self.check(x_t, t, cond)
-        x = F.pixel_unshuffle(self.beside(x_t, cond), self.patch).contiguous(
-            memory_format=torch.channels_last
-        )
-        x = self.levels(self.stem(x), self.embedding(t, cond))
+        x = F.pixel_unshuffle(self.beside(x_t, cond), self.patch)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.stem(x)
+        emb = self.embedding(t, cond)
+        x = self.levels(x, emb)
         return F.pixel_shuffle(self.head(x), self.patch)
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-50
 @torch.no_grad()
 def attention_maps(model, x_t, t, cond=None):
-    """What each attention of a denoiser does with these inputs: `{module's name: (B, heads, N, N)}`, rows summing to 1, N its places.
+    """What each attention of a denoiser does with these inputs, by the name of its module.
 
-    Inputs and their errors as for the denoiser. Row i is what place i takes from all others, places row by row.
+    Each map is `(B, heads, N, N)` for N places, counted row by row. Row i, which sums to 1, is what place i
+    takes from all others.
+
+    Raises: ValueError for inputs that the denoiser was not built for.
     """
     maps = {}
 
-    def keep(name):
-        return lambda module, args: maps.update({name: module.weights(*args)})
+    def note(name, module, args):
+        maps[name] = module.weights(*args)
 
-    hooks = [
-        m.register_forward_pre_hook(keep(name))
-        for name, m in model.named_modules()
-        if isinstance(m, Attention)
-    ]
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            hooks.append(module.register_forward_pre_hook(functools.partial(note, name)))
     try:
         model(x_t, t, cond)
     finally:

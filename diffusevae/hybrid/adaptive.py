@@ -13,71 +13,85 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..core.checkpoints import build, configured
+from ..autoencoders.vae import through_flow
+from ..core.checkpoints import build, configured, with_arguments
 from ..core.layers import zero_init
+from ..core.parameters import at_least
 from .diffusevae import DiffuseVAE, check_vae
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-06
 def code_directions(draws, dim, seed=0):
-    """Random directions `(draws, dim)` with the second moments of N(0, I), by `seed`: rows of random rotations, orthogonal within each block of `dim`, of the typical length √dim.
+    """Random directions `(draws, dim)` with the second moments of N(0, I), by `seed`.
 
-    Raises ValueError for fewer than 2, of which there is no spread. Source: Yu et al. 2016, section 3.
+    They are rows of random rotations: orthogonal within each block of `dim`, of the typical length √dim.
+    Raises: ValueError for fewer than 2 draws, of which there is no spread.
+    Source: Yu et al. 2016, section 3.
     """
     if draws < 2:
         raise ValueError(f"a spread needs at least 2 draws, got {draws}")
     generator = torch.Generator().manual_seed(seed)
-    turns = [
-        torch.linalg.qr(torch.randn(dim, dim, generator=generator)) for _ in range(math.ceil(draws / dim))
-    ]
-    return (
-        dim**0.5 * torch.cat([q * r.diagonal().sign() for q, r in turns])[:draws]
-    )  # without the signs, rotations would not be uniform
+    rotations = []
+    for _ in range(math.ceil(draws / dim)):
+        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+        rotations.append(q * r.diagonal().sign())  # without the signs, they would not be uniform
+    return dim**0.5 * torch.cat(rotations)[:draws]
 
 
 @torch.no_grad()
 def pixel_spread(vae, x, draws=8, seed=0):
-    """The standard deviation of decode(z), z ~ q(z | x), at each pixel of `x` `(B, C, H, W)`: `(B, 1, H, W)`, root mean square over channels.
+    """The standard deviation of decode(z), z ~ q(z | x), at each pixel of `x` `(B, C, H, W)`: `(B, 1, H, W)`.
 
-    Costs one encoding and `draws` decodings. Raises ValueError for a VAE whose posterior is no Gaussian over one code, and as `code_directions`.
+    It is a root mean square over channels, and costs one encoding and `draws` decodings.
+    Raises: ValueError for fewer than 2 draws, or a VAE whose posterior is no Gaussian over one code.
     """
-    eps, q = code_directions(draws, vae.z_dim, seed), vae.encode(x)
+    eps = code_directions(draws, vae.z_dim, seed)
+    q = vae.encode(x)
     if not hasattr(q, "base_dist"):
         raise ValueError(f"the posterior of {type(vae).__name__} is no Gaussian over one code; give a VAE")
-    z = (q.mean[:, None] + q.stddev[:, None] * eps.to(q.mean)).flatten(0, 1)
-    if vae.flow is not None:
-        z = vae.flow(z, *(() if q.context is None else (q.context.repeat_interleave(draws, 0),)))[0]
-    return vae.decode(z).unflatten(0, (len(x), draws)).var(1).mean(1, keepdim=True).sqrt()
+    z0 = q.mean[:, None] + q.stddev[:, None] * eps.to(q.mean)  # (B, draws, d)
+    z, _ = through_flow(q, vae.flow, z0.flatten(0, 1), draws)
+    x_hat = vae.decode(z).unflatten(0, (len(x), draws))  # (B, draws, C, H, W)
+    return x_hat.var(1).mean(1, keepdim=True).sqrt()
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-12
-def _line(x, y):
+def _fit_line(x, y):
     "Slope ≥ 0, intercept ≥ 1e-4 and mean squared misfit of y against x by least squares."
-    around = x - x.mean()
-    slope = max(0.0, float(around @ y / around.square().sum().clamp(min=1e-12)))
-    residual = max(1e-4, float(y.mean() - slope * x.mean()))
-    return slope, residual, float((y - slope * x - residual).square().mean())
+    centred = x - x.mean()
+    slope = float(centred @ y / centred.square().sum().clamp(min=1e-12))
+    slope = max(0.0, slope)
+    intercept = float(y.mean() - slope * x.mean())
+    intercept = max(1e-4, intercept)
+    misfit = float((y - slope * x - intercept).square().mean())
+    return slope, intercept, misfit
 
 
 @torch.no_grad()
 def calibrate(vae, x, draws=8):
-    """`{"slope": a, "power": p, "residual": b}` of E[(x − x̂)²] ≈ a · spread(x̂)^p + b over the pixels of held-out images `x`: p 1 or 2, by least squares, a ≥ 0, b ≥ 1e-4.
+    """The fit E[(x − x̂)²] ≈ a · spread(x̂)^p + b over the pixels of held-out images `x` `(B, C, H, W)`.
 
-    x̂ is decoded from a code drawn from q(z | x) by the global generator. Raises ValueError as `check_vae` and `pixel_spread`, and for images that are not finite.
+    Returns `{"slope": a, "power": p, "residual": b}`, by least squares with p 1 or 2, a ≥ 0 and b ≥ 1e-4.
+    x̂ is decoded from a code drawn from q(z | x) by the global generator, its spread is that of `draws` codes.
+    Raises: ValueError for what is no VAE, a posterior that is no Gaussian over one code, fewer than 2 draws,
+    and images that are none or not finite.
     """
     check_vae(vae)
     if not x.numel() or not x.isfinite().all():
         raise ValueError("at least one image is needed to calibrate on, and all must be finite")
     x_hat = vae.reconstruct(x)
-    spreads, wrong = (
-        v.double().flatten() for v in (pixel_spread(vae, x_hat, draws), (x - x_hat).square().mean(1))
-    )
-    power = min((1, 2), key=lambda p: _line(spreads**p, wrong)[2])
-    slope, residual, _ = _line(spreads**power, wrong)
+    spread = pixel_spread(vae, x_hat, draws).double().flatten()
+    error = (x - x_hat).square().mean(1).double().flatten()
+    fits = {power: _fit_line(spread**power, error) for power in (1, 2)}
+    power = min(fits, key=lambda p: fits[p][2])  # of the smaller misfit
+    slope, residual, _ = fits[power]
     return {"slope": slope, "power": power, "residual": residual}
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-17
 @configured
 class ConstantGate(nn.Module):
-    "`value` in [0, 1] wherever x̂ has any precision, 0 where it has none: for comparison. Raises ValueError for other values."
+    """`value` in [0, 1] wherever x̂ has any precision, 0 where it has none: for comparison.
+
+    Raises: ValueError for a value outside of [0, 1].
+    """
 
     def __init__(self, value=1.0):
         super().__init__()
@@ -86,140 +100,181 @@ class ConstantGate(nn.Module):
         self.value = value
 
     def forward(self, x_hat, precision, snr):
+        "The gate `(B, 1, H, W)`; precision as that, snr `(B, 1, 1, 1)`."
         return self.value * (precision > 0).to(x_hat.dtype)
 
 
 @configured
 class FixedGate(nn.Module):
-    """x̂'s share of all precision: `precision` `(B, 1, H, W)` against `snr` `(B, 1, 1, 1)` and that of the pixels themselves, `prior`, 0 for flat.
+    """x̂'s share of all precision, equation (2) of the lesson.
 
-    Raises ValueError for a negative prior. Source: Bishop 2006, equations 2.116 and 2.117.
+    `prior` is the precision of the pixels themselves, 0 for a flat prior.
+    Raises: ValueError for a negative prior.
+    Source: Bishop 2006, equations 2.116 and 2.117.
     """
 
     def __init__(self, prior=0.0):
         super().__init__()
-        if not prior >= 0:
-            raise ValueError(f"the prior's precision must not be negative, got {prior}")
+        at_least(0, prior=prior)
         self.prior = prior
 
     def forward(self, x_hat, precision, snr):
-        return precision / (precision + snr + self.prior).clamp(min=1e-12)  # none at all is a share of 0
+        "The gate `(B, 1, H, W)`; precision as that, snr `(B, 1, 1, 1)`."
+        total = precision + snr + self.prior
+        return precision / total.clamp(min=1e-12)  # where there is no precision at all, the share is 0
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-18
 @configured
 class LearnedGate(FixedGate):
-    """`FixedGate` of precision times a factor, e^-8 to e^8, that a small convolutional network of `width` channels reads off x̂ (`channels`), precision and noise level.
+    """`FixedGate` of precision times a factor, e^-8 to e^8, that a small convolutional network finds.
 
-    The network ends in zeros: untrained, it is the rule. `prior` as there.
+    The network reads x̂, of so many `channels`, precision and noise level, and has `width` channels itself. It
+    ends in zeros: untrained, it is the rule. `prior` is the precision of the pixels themselves, 0 for flat.
+    Raises: ValueError for a negative prior.
     """
 
     def __init__(self, channels=1, width=16, prior=0.0):
         super().__init__(prior)
-        first, middle, last = (
-            nn.Conv2d(a, b, 3, padding=1) for a, b in ((channels + 2, width), (width, width), (width, 1))
+        self.network = nn.Sequential(
+            nn.Conv2d(channels + 2, width, kernel_size=3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width, width, kernel_size=3, padding=1),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(width, 1, kernel_size=3, padding=1)),
         )
-        self.network = nn.Sequential(first, nn.SiLU(), middle, nn.SiLU(), zero_init(last))
 
     def forward(self, x_hat, precision, snr):
-        level = snr.clamp(1e-5, 1e5).log().expand_as(precision) / 5  # inputs of about the size of pixels
-        factor = (
-            self.network(torch.cat([x_hat, precision.log1p() / 5, level], dim=1))
-            .to(precision.dtype)
-            .clamp(-8, 8)
-            .exp()
-        )
+        "The gate `(B, 1, H, W)`; precision as that, snr `(B, 1, 1, 1)`."
+        # inputs of about the size of pixels
+        log_precision = precision.log1p() / 5
+        log_snr = snr.clamp(1e-5, 1e5).log().expand_as(precision) / 5
+        out = self.network(torch.cat([x_hat, log_precision, log_snr], dim=1))
+        factor = out.to(precision.dtype).clamp(-8, 8).exp()
         return super().forward(x_hat, factor * precision, snr)
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-22
 class Gated(nn.Module):
-    """A denoiser whose condition's image is x̂ and its precision, `(B, C + 1, H, W)`: `denoiser` is shown g · x̂ and g, with g as `gate` says at each noise level of `process`.
+    """A denoiser whose condition's image is x̂ with its precision, `(B, C + 1, H, W)`.
 
-    The `denoiser` must take C + 1 channels beside x_t (`with_wider_condition`), else ValueError, as for a condition without image. `image_channels` counts x̂'s alone; `config` is the
-    denoiser's, since the system around it keeps the gate's.
+    It shows the inner `denoiser` g · x̂ and g, with g as `gate` says at each noise level of `process`.
+    `image_channels` counts x̂'s channels alone; `config` is the denoiser's, since the system around it keeps
+    the gate's.
+    Raises: ValueError for a denoiser that does not take C + 1 channels beside x_t (`with_wider_condition`),
+    and in use for a condition without image.
     """
 
     def __init__(self, denoiser, gate, process):
         super().__init__()
         if denoiser.image_channels != denoiser.channels + 1:
             raise ValueError(
-                f"a gated denoiser takes x̂ and the gate: build it with image_channels={denoiser.channels + 1}, not {denoiser.image_channels}, or use widened"
+                "a gated denoiser takes x̂ and the gate: "
+                f"build it with image_channels={denoiser.channels + 1}, not {denoiser.image_channels}, "
+                "or use with_wider_condition"
             )
-        self.denoiser, self.gate, self.process, self.config = denoiser, gate, process, denoiser.config
-        self.size, self.channels, self.image_channels = denoiser.size, denoiser.channels, denoiser.channels
-        self.classes, self.outputs, self.takes = denoiser.classes, denoiser.outputs, denoiser.takes
+        self.denoiser = denoiser
+        self.gate = gate
+        self.process = process
+        self.config = denoiser.config
+        self.size = denoiser.size
+        self.channels = denoiser.channels
+        self.image_channels = denoiser.channels
+        self.classes = denoiser.classes
+        self.outputs = denoiser.outputs
+        self.takes = denoiser.takes
 
     def opening(self, image, t):
         "The gate `(B, 1, H, W)` for x̂ and precision in one, at the process's time input t `(B,)`."
+        x_hat = image[:, :-1]
+        precision = image[:, -1:]
         abar = self.process.abar_seen(t, image)
-        return self.gate(image[:, :-1], image[:, -1:], (abar / (1 - abar)).to(image.dtype))
+        snr = (abar / (1 - abar)).to(image.dtype)
+        return self.gate(x_hat, precision, snr)
 
     def forward(self, x_t, t, cond=None):
+        "The inner denoiser's answer under the gated condition."
         if cond is None or cond.image is None:
             raise ValueError(
-                "a gated denoiser needs a condition whose image is x̂ and its precision; the system's cond makes it"
+                "a gated denoiser needs a condition whose image is x̂ and its precision; "
+                "the system's cond makes it"
             )
+        x_hat = cond.image[:, :-1]
         g = self.opening(cond.image, t)
-        return self.denoiser(x_t, t, replace(cond, image=torch.cat([g * cond.image[:, :-1], g], dim=1)))
+        gated = torch.cat([g * x_hat, g], dim=1)
+        return self.denoiser(x_t, t, replace(cond, image=gated))
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-24
 @torch.no_grad()
 def with_wider_condition(denoiser):
-    "A copy of a U-Net or DiT that takes one more channel in the condition's image, and does not look at it yet: the same outputs, and training may start from there. ValueError for one with a gate."
+    """A copy of a U-Net or DiT that takes one more channel in the condition's image.
+
+    That channel has no weight yet: the outputs are the same, and training may start from there.
+    Raises: ValueError for a denoiser with a gate.
+    """
     if isinstance(denoiser, Gated):
         raise ValueError(
-            "this denoiser has a gate already; widen the network inside it, or start from a model without a gate"
+            "this denoiser has a gate already; "
+            "widen the network inside it, or start from a model without a gate"
         )
-    arguments, first = denoiser.config["arguments"], denoiser.stem.weight
-    twin = build(
-        {**denoiser.config, "arguments": {**arguments, "image_channels": arguments["image_channels"] + 1}}
-    ).to(first)
+    channels = denoiser.config["arguments"]["image_channels"]
+    narrow = denoiser.stem.weight
+    twin = build(with_arguments(denoiser.config, image_channels=channels + 1)).to(narrow)
     wide = torch.zeros_like(twin.stem.weight)
-    wide[:, : first.shape[1]] = first
+    wide[:, : narrow.shape[1]] = narrow
     twin.load_state_dict({**denoiser.state_dict(), "stem.weight": wide})
     return twin.train(denoiser.training)
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-27
 @configured
 class AdaptiveDiffuseVAE(DiffuseVAE):
-    """DiffuseVAE whose x̂ conditions as strongly as `gate` lets it, by the precision 1 / (`slope` · spread^`power` + `residual`) of each pixel (`calibrate`), from `draws` codes.
+    """DiffuseVAE whose x̂ conditions as strongly as a `gate` lets it, by the precision of each pixel.
 
-    The `denoiser` takes one channel more than the VAE's images have (`with_wider_condition`). What follows `gate` as in `DiffuseVAE`. Raises ValueError as there and as `Gated`,
-    for a negative slope, a residual that is not positive, and a power that is not 1 or 2.
+    The precision is 1 / (`slope` · spread^`power` + `residual`), numbers that `calibrate` fits.
+    Raises: ValueError for numbers out of range, a denoiser that does not take C + 1 channels beside x_t, a
+    VAE whose posterior is no Gaussian over one code, and other parts that do not fit each other.
     """
 
     def __init__(
         self,
-        vae,
-        denoiser,
-        process,
-        gate,
-        form=1,
-        use_z=False,
-        z_noise=0.0,
-        cond_drop=0.0,
-        augment=None,
-        slope=1.0,
-        power=2,
-        residual=0.01,
-        draws=8,
+        vae,  # a trained VAE with a Gaussian posterior; its weights are frozen
+        denoiser,  # refines x̂; its condition's image has one channel more than x̂ (`with_wider_condition`)
+        process,  # the Diffusion that the denoiser reverses
+        gate,  # of x̂, precision and SNR: a ConstantGate, FixedGate or LearnedGate
+        form=1,  # 1: x̂ is a condition; 2: the forward process is shifted by x̂ too
+        use_z=False,  # the denoiser is conditioned on the code z as well
+        z_noise=0.0,  # share of noise in the codes to train on, in [0, 1]
+        cond_drop=0.0,  # share of samples trained without their condition, in [0, 1); guidance needs some
+        augment=None,  # a module that changes the x̂ to train on, in training mode; None leaves it
+        slope=1.0,  # of the error's variance over spread^power, at least 0
+        power=2,  # of the spread, 1 or 2
+        residual=0.01,  # the error's variance where the spread is 0, above 0
+        draws=8,  # codes that a spread is estimated from, at least 2
     ):
         if not (0 <= slope < math.inf and 0 < residual < math.inf and power in (1, 2)):
             raise ValueError(
-                f"the error's variance must be positive: slope ≥ 0, residual > 0 and power 1 or 2 are needed, got {slope}, {residual} and {power}"
+                "the error's variance must be positive: slope ≥ 0, residual > 0 and power 1 or 2 are needed, "
+                f"got {slope}, {residual} and {power}"
             )
-        super().__init__(
-            vae, Gated(denoiser, gate, process), process, form, use_z, z_noise, cond_drop, augment
-        )
-        self.slope, self.power, self.residual, self.draws = slope, power, residual, draws
+        gated = Gated(denoiser, gate, process)
+        super().__init__(vae, gated, process, form, use_z, z_noise, cond_drop, augment)
+        self.slope = slope
+        self.power = power
+        self.residual = residual
+        self.draws = draws
+        black = torch.zeros(1, vae.channels, vae.size, vae.size).to(next(vae.parameters()))
         pixel_spread(
-            vae, torch.zeros(1, vae.channels, vae.size, vae.size).to(next(vae.parameters())), draws
-        )  # a VAE that has none should say so now
+            vae, black, draws
+        )  # raises here, and not in the first step, for a VAE that has no spread
 
     @torch.no_grad()
     def precision(self, x_hat):
-        "1 / v at each pixel of x̂: `(B, 1, H, W)`, from q(z | x̂) in training as in sampling."
-        return 1 / (self.slope * pixel_spread(self.vae, x_hat, self.draws) ** self.power + self.residual)
+        "1 / v at each pixel of x̂ `(B, C, H, W)`: `(B, 1, H, W)`, from q(z | x̂) in training as in sampling."
+        spread = pixel_spread(self.vae, x_hat, self.draws)
+        return 1 / (self.slope * spread**self.power + self.residual)
 
     def cond(self, x_hat, z=None):
-        "As `Refiner.cond`, with the precision behind x̂'s channels."
-        return replace(super().cond(x_hat, z), image=torch.cat([x_hat, self.precision(x_hat)], dim=1))
+        """The condition beside x_t: x̂ with its precision as one more channel, and z with `use_z`.
+
+        Raises: ValueError when z is needed and missing.
+        """
+        cond = super().cond(x_hat, z)
+        return replace(cond, image=torch.cat([x_hat, self.precision(x_hat)], dim=1))

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..autoencoders import priors
-from ..autoencoders.codes import path_through
+from ..autoencoders.codes import codes_of, path_through
+from ..autoencoders.priors import with_prior
+from ..core.checkpoints import with_arguments
 from ..core.corruptions import check_image_range
 from ..core.parameters import choice
 from ..core.pixels import ImageSet, to_uint8
@@ -24,34 +25,59 @@ from .diffusevae import check_refiner
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-11
 @torch.no_grad()
-def draw_with_noise(model, z, seeds=0, noise=None, **how):
+def draw_with_noise(model, z, seeds=0, noise=None, **walk):
     """x̂ of codes `(B, d)`, and their refinements by a DiffuseVAE: two times `(B, C, H, W)`.
 
-    A number as `seeds` is one seed for all, so that the samples differ by z alone; a list has one for each, None draws anew. `noise`, of one image or of each,
-    takes the place of x_T. Other keywords and errors as `TwoForms.steps`; ValueError for what refines nothing."""
+    A number as `seeds` is one seed for all, so that the samples differ by z alone; a list has one for each,
+    None draws anew. `noise`, of one image or of each, takes the place of x_T. `walk` are further keywords of
+    the model's `steps`.
+    Raises: ValueError for what refines nothing, and for keywords out of range.
+    """
     check_refiner(model)
     x_hat = model.vae.decode(z)
+    if isinstance(seeds, int):
+        seeds = [seeds] * len(z)
     if noise is not None and (noise.ndim == 3 or len(noise) == 1):
         noise = noise.expand(len(z), -1, -1, -1)
-    seeds = [seeds] * len(z) if isinstance(seeds, int) else seeds
-    return x_hat, samplers.final_image(model.steps(x_hat, z, seeds=seeds, noise=noise, **how))
+    steps = model.steps(x_hat, z, seeds=seeds, noise=noise, **walk)
+    return x_hat, samplers.final_image(steps)
 
 
-def walk_codes(model, ends, n, how="spherical", **sampling):
-    "Interpolation in z with the noise held fixed: as `draw_with_noise`, of the `path_through` through the codes `ends` `(k, d)`. Source: Pandey et al. 2022, figure 4a."
-    return draw_with_noise(model, path_through(ends, n, how), **sampling)
+def walk_codes(model, ends, n, method="spherical", **walk):
+    """Interpolation in z with the noise held fixed: x̂ and refinements along the codes `ends` `(k, d)`.
+
+    There are `n` points from one end to the next, on a line of `method` linear or spherical. `walk` are
+    keywords of `draw_with_noise`.
+    Raises: ValueError for fewer than two ends or points, and for another method.
+    Source: Pandey et al. 2022, figure 4a.
+    """
+    codes = path_through(ends, n, method)
+    return draw_with_noise(model, codes, **walk)
 
 
-def walk_noises(model, z, ends, n, how="spherical", **sampling):
-    "Interpolation in x_T with one code `z` `(1, d)` held fixed: as `draw_with_noise`, of the `path_through` through the noises `ends` `(k, C, H, W)`. Source: Pandey et al. 2022, figure 4b."
-    noises = path_through(ends, n, how)
-    return draw_with_noise(model, z.expand(len(noises), -1), noise=noises, **sampling)
+def walk_noises(
+    model,  # a DiffuseVAE
+    z,  # the code that stands still, (1, d)
+    ends,  # noises to pass through, (k, C, H, W)
+    n,  # points from one end to the next, at least 2
+    method="spherical",  # way between ends: linear or spherical
+    **walk,  # keywords of `draw_with_noise`
+):
+    """Interpolation in x_T with one code held fixed: x̂, the same for all, and refinements along the noises.
+
+    Raises: ValueError for fewer than two ends or points, and for another method.
+    Source: Pandey et al. 2022, figure 4b.
+    """
+    noises = path_through(ends, n, method)
+    same_z = z.expand(len(noises), -1)
+    return draw_with_noise(model, same_z, noise=noises, **walk)
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-22
 def attribute_of(images, name):
-    """An attribute of an `ImageSet` by its name, or, by a class's name, who belongs to that: 0 or 1. Float `(N,)`.
+    """An attribute of an `ImageSet` by its name, or by a class's name membership in it, 0 or 1: float `(N,)`.
 
-    Raises ValueError for what the data lacks, with the names that it has."""
+    Raises: ValueError for what the data lacks, with the names that it has.
+    """
     if name in images.attribute_names:
         return images.attributes[:, images.attribute_names.index(name)].float()
     if name in images.classes and images.labels is not None:
@@ -61,57 +87,84 @@ def attribute_of(images, name):
 
 
 def attributes_of(images, names):
-    "Several attributes, `(N, A)`. ValueError as `attribute_of`."
+    """Attributes of an `ImageSet`, or memberships in classes, by their `names`: float `(N, A)`.
+
+    Raises: ValueError for what the data lacks.
+    """
     return torch.stack([attribute_of(images, name) for name in names], 1)
 
 
 def extremes(values):
-    """The clear cases of an attribute `(N,)`: their rows, int64 `(n,)`, and which of them have it, bool. Of two values all; of more, the outer thirds.
+    """The clear cases of an attribute `(N,)`: their rows, int64 `(n,)`, and whether each has it, bool `(n,)`.
 
-    Raises ValueError for an attribute that never changes or is not finite."""
+    If it has two values, these are all samples; if more, the outer thirds.
+    Raises: ValueError for an attribute that never changes or is not finite.
+    """
     if not values.isfinite().all():
         raise ValueError("an attribute must be known, and finite, for all images")
-    thirds = values.new_tensor([1 / 3, 2 / 3])
-    low, high = (values.min(), values.max()) if len(values.unique()) < 3 else values.quantile(thirds)
+    if len(values.unique()) < 3:
+        low, high = values.min(), values.max()
+    else:
+        low, high = values.quantile(values.new_tensor([1 / 3, 2 / 3]))
     if low == high:
         raise ValueError(
-            f"an attribute must change to be found in codes; this one is {float(low):g} in (nearly) all of {len(values)} images"
+            f"an attribute must change to be found in codes; "
+            f"this one is {float(low):g} in (nearly) all of {len(values)} images"
         )
     rows = ((values <= low) | (values >= high)).nonzero()[:, 0]
     return rows, values[rows] >= high
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-25
 def mean_difference(codes, values):
-    "From the mean code without an attribute to the mean code with it, `(d,)`; who counts as which, and errors, as `extremes`. Source: Larsen et al. 2016, section 4.1.1."
-    rows, on = extremes(values)
-    return codes[rows][on].mean(0) - codes[rows][~on].mean(0)
+    """From the mean code without an attribute to the mean code with it, `(d,)`.
+
+    `codes` are `(N, d)`, `values` of the attribute `(N,)`; of more than two values, the outer thirds count.
+    Raises: ValueError for an attribute that never changes or is not finite.
+    Source: Larsen et al. 2016, section 4.1.1.
+    """
+    rows, has_it = extremes(values)
+    clear = codes[rows]
+    return clear[has_it].mean(0) - clear[~has_it].mean(0)
 
 
 def logistic(codes, values):
-    "The normal `(d,)` of the plane by which logistic regression tells codes with an attribute from codes without; who counts as which, and errors, as `extremes`."
+    """The normal `(d,)` of the plane by which logistic regression separates codes by an attribute.
+
+    `codes` are `(N, d)`, `values` of the attribute `(N,)`; of more than two values, the outer thirds count.
+    Raises: ValueError for an attribute that never changes or is not finite.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    rows, on = extremes(values)
-    found = LogisticRegression(max_iter=1000).fit(codes[rows].double().cpu().numpy(), on.cpu().numpy())
-    return torch.as_tensor(found.coef_[0]).to(codes)
+    rows, has_it = extremes(values)
+    clear = codes[rows].double().cpu().numpy()
+    classifier = LogisticRegression(max_iter=1000).fit(clear, has_it.cpu().numpy())
+    return torch.as_tensor(classifier.coef_[0]).to(codes)
 
 
 def regression(codes, values):
-    "The weights `(d,)` of least squares: where the best linear guess at an attribute grows fastest. Errors as `extremes`."
-    extremes(values)
-    return torch.linalg.lstsq(codes - codes.mean(0), (values - values.mean())[:, None].to(codes)).solution[
-        :, 0
-    ]
+    """The weights `(d,)` of least squares: where the best linear guess at an attribute grows fastest.
+
+    `codes` are `(N, d)`, `values` of the attribute `(N,)`.
+    Raises: ValueError for an attribute that never changes or is not finite.
+    """
+    extremes(values)  # raises for values that have no direction
+    centred_codes = codes - codes.mean(0)
+    centred_values = (values - values.mean())[:, None].to(codes)
+    return torch.linalg.lstsq(centred_codes, centred_values).solution[:, 0]
 
 
 direction_methods = {"mean": mean_difference, "logistic": logistic, "regression": regression}
 
 
 def orthogonal(u, others):
-    "What is left of a direction `u` `(d,)` at right angles to all `others` `(A, d)`, which may depend on each other. ValueError if nothing is."
-    _, size, q = torch.linalg.svd(others, full_matrices=False)
-    q = q[size > 1e-4 * size[0]]  # the rest of a basis of what does not fill it is arbitrary
-    left = u - q.T @ (q @ u)
+    """What is left of a direction `u` `(d,)` at right angles to all `others` `(A, d)`.
+
+    The others may depend on each other.
+    Raises: ValueError if nothing is left.
+    """
+    _, lengths, basis = torch.linalg.svd(others, full_matrices=False)
+    basis = basis[lengths > 1e-4 * lengths[0]]  # the other rows are arbitrary where `others` are dependent
+    left = u - basis.T @ (basis @ u)
     if left.norm() < 1e-4 * u.norm():
         raise ValueError(
             "nothing is left of this direction at right angles to the others; keep fewer attributes"
@@ -121,22 +174,21 @@ def orthogonal(u, others):
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-26
 @dataclass(frozen=True)
 class GaussianFit:
-    "Where codes lie: their `mean` `(d,)`, and the Cholesky `factor` `(d, d)` of their covariance."
+    "The Gaussian with mean and covariance of codes."
 
-    mean: torch.Tensor
-    factor: torch.Tensor
+    mean: torch.Tensor  # (d,)
+    factor: torch.Tensor  # (d, d), the Cholesky factor of the covariance
 
     @classmethod
     def of(cls, codes):
-        "The cloud of codes `(n, d)`. ValueError for too few."
-        if len(codes) <= codes.shape[1]:
-            raise ValueError(
-                f"codes of {codes.shape[1]} numbers need more than {codes.shape[1]} images to find directions in, got {len(codes)}"
-            )
+        "The fit to codes `(n, d)`. Raises ValueError unless n > d."
+        n, d = codes.shape
+        if n <= d:
+            raise ValueError(f"codes of {d} numbers need more than {d} images to find directions in, got {n}")
         return cls(codes.mean(0), torch.linalg.cholesky(torch.cov(codes.T)))
 
-    def white(self, z):
-        "Codes `(n, d)` in coordinates in which the cloud has mean 0 and covariance I."
+    def whiten(self, z):
+        "Codes `(n, d)` in coordinates in which the fit has mean 0 and covariance I."
         return torch.linalg.solve_triangular(self.factor, (z - self.mean).T, upper=False).T
 
     def step(self, e):
@@ -144,48 +196,81 @@ class GaussianFit:
         return e @ self.factor.T
 
 
-def direction(codes, images, name, how="mean", keep=()):
-    """The step `(d,)` among the `codes` `(N, d)` of `images` that changes the attribute `name`: one standard deviation of the codes long.
+def direction(
+    codes,  # codes of labelled images, (N, d)
+    images,  # the ImageSet that they are of
+    name,  # the attribute, or class, to change
+    method="mean",  # mean, logistic or regression, in coordinates in which the codes have covariance I
+    keep=(),  # names of attributes whose regressions' directions are taken out
+):
+    """The step `(d,)` in codes that raises an attribute: one standard deviation of the codes long.
 
-    `how` is mean, logistic or regression, in the coordinates of the codes' `GaussianFit`; of attributes to `keep`, the regressions' directions are taken out.
-    Raises ValueError as `attribute_of`, `extremes` and `orthogonal`, for an unknown `how`, a `name` to keep, and codes of other images."""
+    Raises: ValueError for codes of other images or too few, an attribute that the data lacks, that never
+    changes or is to be kept, another method, and where nothing is left beside the attributes to keep.
+    """
     if name in keep or len(codes) != len(images):
         raise ValueError(
-            f"one code an image is needed, and other attributes to keep; got {len(codes)} codes of {len(images)} images, and {name} with keep={list(keep)}"
+            "one code an image is needed, and other attributes to keep; "
+            f"got {len(codes)} codes of {len(images)} images, and {name} with keep={list(keep)}"
         )
-    cloud, find = GaussianFit.of(codes), choice("how", how, direction_methods)
-    e, values = cloud.white(codes), attributes_of(images, [name, *keep]).to(codes.device).T
-    u = find(e, values[0])
-    u = orthogonal(u, torch.stack([regression(e, v) for v in values[1:]])) if keep else u
-    return cloud.step(u / u.norm())
+    fit = GaussianFit.of(codes)
+    find = choice("method", method, direction_methods)
+    white = fit.whiten(codes)
+    wanted, *kept = attributes_of(images, [name, *keep]).to(codes.device).T
+    u = find(white, wanted)
+    if kept:
+        u = orthogonal(u, torch.stack([regression(white, values) for values in kept]))
+    return fit.step(u / u.norm())
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-30
-def curve_of(codes, values, hidden=128, steps=1000, seed=0):
-    """E[z | attributes], a function from attributes `(n, A)` to mean codes `(n, d)`: a network fitted by least squares to `codes` `(N, d)` with `values` `(N, A)`.
+def curve_of(
+    codes,  # (N, d)
+    values,  # attributes of their images, (N, A)
+    hidden=128,  # width of the network
+    steps=1000,  # of Adam, with batches of 128
+    seed=0,  # of the network's weights and the batches
+):
+    """E[z | attributes], a function from attributes `(n, A)` to mean codes `(n, d)`.
 
-    The same for the same `seed`. Raises ValueError as `Cloud.of`, and for an attribute that never changes."""
-    for v in values.T:
-        extremes(v)
-    cloud, level, unit = GaussianFit.of(codes), values.mean(0), values.std(0)
-    e, a = cloud.white(codes), (values - level) / unit
+    It is a network fitted by least squares.
+    Raises: ValueError for too few codes, and for an attribute that never changes or is not finite.
+    """
+    for attribute in values.T:
+        extremes(attribute)  # raises for values that cannot be fitted
+    fit = GaussianFit.of(codes)
+    centre, unit = values.mean(0), values.std(0)
+    inputs = (values - centre) / unit
+    targets = fit.whiten(codes)
     with torch.random.fork_rng(devices=[codes.device] if codes.is_cuda else []):
         torch.manual_seed(seed)
-        inside = nn.Linear(a.shape[1], hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
-        net, batches = (
-            nn.Sequential(*inside, nn.Linear(hidden, codes.shape[1])).to(codes),
-            torch.randint(len(codes), (steps, 128)),
-        )
+        net = nn.Sequential(
+            nn.Linear(inputs.shape[1], hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, codes.shape[1]),
+        ).to(codes)
+        batches = torch.randint(len(codes), (steps, 128))
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    for i in batches.to(codes.device):
+    for rows in batches.to(codes.device):
         optimizer.zero_grad()
-        (net(a[i]) - e[i]).square().mean().backward()
+        (net(inputs[rows]) - targets[rows]).square().mean().backward()
         optimizer.step()
-    return lambda values: cloud.mean + cloud.step(net.requires_grad_(False)((values - level) / unit))
+    net.requires_grad_(False)
+
+    def mean_code(values):
+        return fit.mean + fit.step(net((values - centre) / unit))
+
+    return mean_code
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-35
 def edit_figures(change, unrelated, column, asked):
-    """How an edit did, by what it changed `(B, A)` and what unrelated codes change: `moved`, the share of samples whose attribute `column` went the way `asked`
-    (a sign, for all or each); `leaks` `(A,)`, the mean change of every attribute over that by unrelated codes (over 1 if they change nothing); `leak`, the others' largest."""
+    """How an edit did, by what it changed, `change` `(B, A)`, and what `unrelated` codes `(B, A)` change.
+
+    `moved` is the share of samples whose attribute `column` went the way `asked`, a sign for all or for each;
+    `leaks` `(A,)` the mean change of every attribute over that by unrelated codes, over 1 where these change
+    nothing; `leak` the largest of the other attributes.
+    """
     usual = unrelated.abs().mean(0)
     leaks = change.abs().mean(0) / torch.where(usual > 0, usual, 1.0)
     others = torch.arange(len(leaks), device=leaks.device) != column
@@ -197,59 +282,87 @@ def edit_figures(change, unrelated, column, asked):
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-45
 def noise_seeds(n, share, seed=0):
-    "Seeds of `n` samples before an edit, and after it: by `share` one for all (batch), one for each that stays (sample), or all different (none). ValueError for others."
+    """Seeds of `n` samples before an edit, and after it: two lists.
+
+    By `share` one seed for all (batch), one for each that stays (sample), or all different (none).
+    Raises: ValueError for another share.
+    """
     own = list(range(seed, seed + n))
     before = choice("share", share, {"batch": [seed] * n, "sample": own, "none": own})
-    return before, [s + n for s in own] if share == "none" else before
+    after = [s + n for s in own] if share == "none" else before
+    return before, after
 
 
-def edit_codes(model, z, step, amount=1.0, share="batch", seed=0, **how):
-    """Samples of codes `z` `(B, d)`, and of `z + amount · step`: two pairs as `draw_with_noise` gives. `step` is one for all `(d,)`, or `(B, d)`; `share` as `noise_seeds`.
+def edit_codes(
+    model,  # a DiffuseVAE
+    z,  # codes, (B, d)
+    step,  # where to move them: one step for all, (d,), or one for each, (B, d)
+    amount=1.0,  # how many steps
+    share="batch",  # noise: batch (one for all), sample (one for each) or none (another after the edit)
+    seed=0,  # the first seed of the noise
+    **walk,  # keywords of `draw_with_noise`
+):
+    """Samples of codes before and after an edit: two pairs (x̂, x0) of `(B, C, H, W)`.
 
-    Source: Pandey et al. 2022, section 4.2 and figure 5."""
-    before, after = noise_seeds(len(z), share, seed)
-    return draw_with_noise(model, z, before, **how), draw_with_noise(model, z + amount * step, after, **how)
+    Raises: ValueError for another share, what refines nothing, and keywords out of range.
+    Source: Pandey et al. 2022, section 4.2 and figure 5.
+    """
+    seeds_before, seeds_after = noise_seeds(len(z), share, seed)
+    before = draw_with_noise(model, z, seeds_before, **walk)
+    after = draw_with_noise(model, z + amount * step, seeds_after, **walk)
+    return before, after
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-48
-from ..autoencoders.codes import codes_of
+def invert_images(model, x, steps=50, seed=0, **inversion):
+    """Of real images `x` `(B, C, H, W)` the codes z, their x̂, and the x_T from which DDIM leads back to them.
 
-
-def invert_images(model, x, steps=50, seed=0, **how):
-    """Of real images `x` `(B, C, H, W)` the z, drawn from q(z | x) by `seed`, their x̂, and the x_T from which DDIM leads back to them; y_T in form 2.
-
-    Keywords as `samplers.ddim_invert`. Raises ValueError for what are no images in [-1, 1] of the VAE's size. Source: Song et al. 2021 (DDIM), section 4.3."""
+    In form 2 the last is y_T. z is drawn from q(z | x) by `seed`; `steps` and `inversion` are keywords of
+    `samplers.ddim_invert`.
+    Raises: ValueError for what are no images in [-1, 1] of the VAE's size, and for keywords out of range.
+    Source: Song et al. 2021 (DDIM), section 4.3.
+    """
     check_image_range(x)
     z = codes_of(model.vae, ImageSet(to_uint8(x)), seed)
     with torch.no_grad():
         x_hat = model.vae.decode(z)
-    return (
-        z,
-        x_hat,
-        samplers.final_image(
-            samplers.ddim_invert(
-                model.model(x_hat), model.process, x.to(x_hat), cond=model.cond(x_hat, z), steps=steps, **how
-            )
-        ),
-    )
+    denoiser = model.model(x_hat)
+    cond = model.cond(x_hat, z)
+    upwards = samplers.ddim_invert(denoiser, model.process, x.to(x_hat), cond=cond, steps=steps, **inversion)
+    return z, x_hat, samplers.final_image(upwards)
 
 
-def edit_real(model, x, step, amount=1.0, steps=50, spacing="leading", **how):
-    "Real images `x` back from their inversion, and edited: z moved by `amount · step`, x_T kept. Two times `(B, C, H, W)`; other keywords, and errors, as `invert_images`."
-    z, _, x_T = invert_images(model, x, steps, spacing=spacing, **how)
-    back, edited = (
-        draw_with_noise(model, code, noise=x_T, steps=steps, spacing=spacing, clip=False)[1]
-        for code in (z, z + amount * step)
-    )
+def edit_real(
+    model,  # a DiffuseVAE
+    x,  # real images, (B, C, H, W) in [-1, 1]
+    step,  # where to move their codes, (d,) or (B, d)
+    amount=1.0,  # how many steps
+    steps=50,  # of the sampler, on the way up and on the way down
+    spacing="leading",  # of the sampler's times
+    **inversion,  # further keywords of `invert_images`
+):
+    """Real images back from their inversion, and edited, with z moved and x_T kept: two times `(B, C, H, W)`.
+
+    Raises: ValueError for what are no images in [-1, 1] of the VAE's size, and for keywords out of range.
+    """
+    z, _, x_T = invert_images(model, x, steps, spacing=spacing, **inversion)
+    down = {"noise": x_T, "steps": steps, "spacing": spacing, "clip": False}
+    _, back = draw_with_noise(model, z, **down)
+    _, edited = draw_with_noise(model, z + amount * step, **down)
     return back, edited
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-53
 def model_with_prior(model, prior):
-    "A copy of a DiffuseVAE, or of a plain VAE, that draws its codes from a copy of `prior`, and says so in its config. ValueError as `autoencoders.priors.with_prior`."
-    if not hasattr(drawn_from := getattr(model, "vae", model), "posterior_sample"):
+    """A copy of a DiffuseVAE or a VAE that draws its codes from a copy of `prior`, and says so in its config.
+
+    Raises: ValueError for a model without codes, a prior for codes of another size, or a hierarchical VAE.
+    """
+    vae = getattr(model, "vae", model)
+    if not hasattr(vae, "posterior_sample"):
         raise ValueError(f"a {type(model).__name__} draws no codes, so it takes no prior; leave prior empty")
-    if drawn_from is model:
-        return priors.with_prior(model, prior)
+    new_vae = with_prior(vae, prior)
+    if vae is model:
+        return new_vae
     twin = copy.deepcopy(model)
-    twin.vae = priors.with_prior(model.vae, prior).requires_grad_(False)
-    twin.config = {**model.config, "arguments": {**model.config["arguments"], "vae": twin.vae.config}}
+    twin.vae = new_vae.requires_grad_(False)
+    twin.config = with_arguments(model.config, vae=new_vae)
     return twin

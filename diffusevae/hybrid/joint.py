@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..autoencoders.distances import FocalFrequency, MultiscaleSSIM, PerceptualLoss
+from ..autoencoders.kl import ScheduledWeight
 from ..autoencoders.vae import VAEBase, elbo_terms
 from ..core.checkpoints import configured, with_arguments
 from ..core.parameters import at_least, choice
@@ -42,7 +43,7 @@ class HybridTerms(nn.Module):
         self.weights = list(weights)
 
     def compare(self, x_hat, x):
-        """The weighted sum of the terms, a scalar, and each one's unweighted mean over the batch, by its name.
+        """The weighted sum of the terms, a scalar, and each one's unweighted mean over the batch by name.
 
         Images are `(B, C, H, W)`.
         """
@@ -78,8 +79,11 @@ def hybrid_terms(
 
 # %% ../../nbs/5_hybrid/02_joint.ipynb #joint-losses-33
 @configured
-class Ramp(nn.Module):
-    "A weight that goes from `start` to `end` linearly over `steps` calls in training, and is `end` in evaluation. ValueError for negative or infinite ends, or less than one step."
+class Ramp(ScheduledWeight):
+    """A weight that goes linearly from `start` to `end` over `steps` calls in training; `end` in evaluation.
+
+    Raises: ValueError for negative or infinite ends, or less than one step.
+    """
 
     def __init__(self, start, end, steps=1):
         super().__init__()
@@ -87,22 +91,25 @@ class Ramp(nn.Module):
             raise ValueError(f"a weight must be finite and not negative, got {start} and {end}")
         if steps < 1:
             raise ValueError(f"a ramp needs at least one step, got {steps}")
-        self.start, self.end, self.steps = start, end, steps
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.start = start
+        self.end = end
+        self.steps = steps
 
-    def at(self, step):
+    def weight(self, step):
         "The weight at a step, an int64 tensor."
         return self.start + (self.end - self.start) * (step / self.steps).clamp(max=1)
 
+    def final_weight(self):
+        "The weight after all steps."
+        return self.weight(torch.full_like(self.step, self.steps))
+
     def forward(self):
-        weight = self.at(self.step if self.training else torch.full_like(self.step, self.steps))
-        if self.training and torch.is_grad_enabled():
-            self.step += 1
-        return weight
+        "The weight for this call; in training mode with gradients it counts a step."
+        return self.next_weight()
 
 
 def as_ramp(weight):
-    "A constant as a `Ramp`; a module as it is. ValueError as `Ramp`."
+    "A number as a constant `Ramp`; a module as it is. Raises ValueError for a negative or infinite number."
     return weight if isinstance(weight, nn.Module) else Ramp(weight, weight)
 
 # %% ../../nbs/5_hybrid/02_joint.ipynb #joint-06
@@ -130,7 +137,7 @@ def parameters_outside(system, part):
 
 
 def joint_optimizer(part, system, scale, settings):
-    """A list of one AdamW with two groups: `part` of a `system` at `scale` times the learning rate, and the rest that learns.
+    """A list of one AdamW with two groups: `part` at `scale` times the learning rate, the rest at that.
 
     Source: Loshchilov and Hutter 2019, algorithm 2.
     """
@@ -195,7 +202,7 @@ class JointDiffuseVAE(TwoStage):
     def loss(self, batch):
         """Equation (1), as `loss`, and its parts, all means over the batch.
 
-        Unweighted `vae` and `diffusion`; `reconstruction` and `kl` of the VAE in nats, and what its objective
+        Unweighted `vae` and `diffusion`; the VAE's `reconstruction` and `kl` in nats, and what its objective
         logs; each hybrid term by its name; the weights `lambda_vae` and `lambda_diff`.
         """
         x = batch.x
@@ -223,7 +230,7 @@ class JointDiffuseVAE(TwoStage):
         }
 
     def optimizers(self, settings):
-        "One AdamW with two groups: the VAE's parameters at `vae_lr` times the learning rate, and all others."
+        "One AdamW with two groups: the VAE's parameters at `vae_lr` times the learning rate, and the others."
         return joint_optimizer(self.vae, self, self.vae_lr, settings)
 
 # %% ../../nbs/5_hybrid/02_joint.ipynb #joint-11
@@ -274,7 +281,7 @@ def with_objective(vae, objective):
 def from_two_stage(model, objective=None, **arguments):
     """A `JointDiffuseVAE` that starts from copies of the parts of a two-stage `model`.
 
-    `objective` is the VAE's from now on, None for its own. `arguments` of `JointDiffuseVAE` replace the model's.
+    `objective` is the VAE's from now on, None for its own; `arguments` of `JointDiffuseVAE` replace the rest.
     Raises: ValueError for an objective that the VAE does not take, or arguments out of range.
     """
     parts = (model.vae, model.denoiser, model.process, model.augment)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..autoencoders import autoencoder
-from ..autoencoders.first_stages import read_tensors
+from ..autoencoders.first_stages import joined_qkv, read_tensors
 from ..autoencoders.vae import VAE
 from ..core.checkpoints import configured
 from ..diffusion import unet
@@ -189,16 +189,6 @@ def official_names(net, layout):
     return {name: official_name(name, layout, levels, how["blocks"], attending) for name in net.state_dict()}
 
 # %% ../../nbs/5_hybrid/06_published.ipynb #published-21
-def _joined(tensors):
-    "The three maps of an attention of `ddim` as one, `qkv`, where all three are there."
-    tensors = dict(tensors)
-    for name in [k for k in tensors if ".q." in k]:
-        parts = [name.replace(".q.", f".{c}.") for c in "qkv"]
-        if all(part in tensors for part in parts):
-            tensors[name.replace(".q.", ".qkv.")] = torch.cat([tensors.pop(part) for part in parts])
-    return tensors
-
-
 def as_ours(name, v, layout, heads):
     "A tensor of a U-Net in the official `layout` as it must be under our `name` to compute the same."
     if ".attention." in name and v.ndim == 3:
@@ -338,7 +328,7 @@ def load_official_ddpm(
         Diffusion(Schedule(found["betas"]), "eps", variance, continuous),
         2 if "post_coeff_3" in found else 1,
     )
-    found = _joined({k.removeprefix("decoder."): v for k, v in found.items() if not _tables.fullmatch(k)})
+    found = joined_qkv({k.removeprefix("decoder."): v for k, v in found.items() if not _tables.fullmatch(k)})
     layout, how = "ddim" if "conv_in.weight" in found else "openai", {**_row(networks)["unet"], **more}
     names = official_names(net := _built(how, layout, found), layout)
     ours = {theirs: ours for ours, theirs in names.items()}

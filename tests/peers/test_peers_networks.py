@@ -188,9 +188,9 @@ def test_published_dits(name):
 
 
 def test_unknown_presets_list_the_known():
-    with pytest.raises(ValueError, match="no U-Net 'cifar'; there are: ddpm_cifar10, .*digits, shapes"):
+    with pytest.raises(ValueError, match="network must be one of ddpm_cifar10, .*digits, shapes, .*; got 'cifar'"):
         preset("cifar")
-    with pytest.raises(ValueError, match="no DiT 'DiT-XXL/2'; there are: DiT-S/2"):
+    with pytest.raises(ValueError, match="network must be one of .*, DiT-S/2, .*; got 'DiT-XXL/2'"):
         preset("DiT-XXL/2")
 
 

@@ -465,7 +465,7 @@ def test_paired_interval():
             "no Gaussian over one code",
         ),
         (lambda: ConstantGate(-0.1), r"\[0, 1\], got -0.1"),
-        (lambda: FixedGate(prior=float("nan")), "must not be negative"),
+        (lambda: FixedGate(prior=float("nan")), "prior must be a finite number of at least 0, got nan"),
         (lambda: Gated(net(extra=0), FixedGate(), process()), "image_channels=2, not 1"),
         (
             lambda: Gated(net(), FixedGate(), process())(torch.zeros(1, 1, 8, 8), torch.zeros(1)),

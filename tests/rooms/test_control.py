@@ -74,7 +74,7 @@ def test_too_few_ends_are_refused_before_any_work():
             make()
     with pytest.raises(ValueError, match="at least 2 points"):
         line_between(torch.zeros(3), torch.ones(3), 1)
-    with pytest.raises(ValueError, match="how must be one of"):
+    with pytest.raises(ValueError, match="method must be one of"):
         line_between(torch.zeros(3), torch.ones(3), 3, "cubic")
     with pytest.raises(ValueError, match="noise must have"):
         control.walk_noises(model, torch.randn(1, 3), torch.randn(2, 1, 8, 8).expand(2, 3, 8, 8), 5)
@@ -179,7 +179,7 @@ def test_attributes_that_are_not_there_or_never_change():
         (lambda: control.curve_of(codes, torch.ones(50, 1)), "must change"),
         (
             lambda: control.direction(codes, data, "a", "median"),
-            "how must be one of mean, logistic, regression",
+            "method must be one of mean, logistic, regression; got 'median'",
         ),
         (lambda: control.direction(codes, data, "a", "mean", keep=["a"]), "other attributes to keep"),
         (lambda: control.direction(codes[:4], data[:4], "a"), "need more than 4 images"),
@@ -242,7 +242,7 @@ def test_inversion_ends_where_the_sampler_begins(form, monkeypatch):
     begin = 0.3 * Noise((2, 1, 8, 8), [0, 1])()
     x_hat, x0 = control.draw_with_noise(model, z, noise=begin, steps=100, clip=False)
     assert x0.abs().max() < 1  # an image that can be inverted
-    monkeypatch.setattr(control.priors, "codes_of", lambda *_: z)  # the codes that it was drawn from
+    monkeypatch.setattr(control, "codes_of", lambda *_: z)  # the codes that it was drawn from
     found, x_hat_found, end = control.invert_images(model, x0, steps=100, corrections=3)
     assert torch.equal(found, z) and torch.allclose(x_hat_found, x_hat)
     assert (end - begin).abs().max() < 0.05 * begin.abs().max()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffusevae.autoencoders.vae import VAE
-from diffusevae.core.checkpoints import load_system, save_system
+from diffusevae.core.checkpoints import build, load_system, save_system
 from diffusevae.core.corruptions import Augmentation, corrupt, corruptions, limits
 from diffusevae.core.pixels import Batch, ImageSet
 from diffusevae.core.training import Settings, train
@@ -89,7 +89,7 @@ def test_blur_is_scipys():
 @pytest.mark.parametrize(
     "x, kind, severity, message",
     [
-        (pictures(), "fog", 0.1, "kind must be one of noise, blur, quantize, occlude, lowres, got 'fog'"),
+        (pictures(), "fog", 0.1, "kind must be one of noise, blur, quantize, occlude, lowres; got 'fog'"),
         (pictures(), "noise", -0.1, "noise must be finite and lie in 0"),
         (pictures(), "blur", float("inf"), "must be finite"),
         (pictures(), "quantize", 2.1, "lie in 0 … 2"),
@@ -150,6 +150,13 @@ def test_low_precision_leaves_clean_images_alone():
 def test_augmentations_that_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
         Augmentation(**wrong)
+
+
+def test_rebuilds_from_its_config():
+    augment = Augmentation(noise=0.3, blur=2.0, quantize=0.5, occlude=0.2, lowres=4, clean=0.1)
+    again = build(augment.config)
+    assert type(again) is Augmentation and again.config == augment.config
+    assert again.largest == augment.largest and again.clean == augment.clean
 
 
 def test_inside_of_a_model(tmp_path):

@@ -446,17 +446,17 @@ class Listener(nn.Module):
 
 
 class NeverDrops(DDPM):
-    def told(self, batch):
+    def condition_for(self, batch):
         return Cond(label=batch.label)
 
 
 class DropsInValidation(DDPM):
-    def told(self, batch):
+    def condition_for(self, batch):
         return drop_parts(Cond(label=batch.label), self.label_drop)
 
 
 class OneDraw(DDPM):
-    def told(self, batch):
+    def condition_for(self, batch):
         gone = self.training and torch.rand(()) < self.label_drop
         return Cond(label=torch.full_like(batch.label, -1) if gone else batch.label)
 
@@ -464,7 +464,7 @@ class OneDraw(DDPM):
 class TakesOthers(DDPM):
     "Shuffles in place of dropping."
 
-    def told(self, batch):
+    def condition_for(self, batch):
         return drop_parts(
             Cond(label=batch.label.flip(0) if self.training else batch.label),
             self.label_drop if self.training else 0.0,
@@ -649,8 +649,8 @@ def test_learned_variance_needs_both_halves_of_channels():
 @pytest.mark.parametrize(
     "how, message",
     [
-        (dict(weight="snr"), "weight must be one of simple, min_snr, p2, got 'snr'"),
-        (dict(times="sometimes"), "times must be uniform or importance, got 'sometimes'"),
+        (dict(weight="snr"), "weight must be one of simple, min_snr, p2; got 'snr'"),
+        (dict(times="sometimes"), "times must be one of uniform, importance; got 'sometimes'"),
         (dict(label_drop=-0.1), r"label_drop must lie in \[0, 1\], got -0.1"),
         (dict(label_drop=1.1), r"label_drop must lie in \[0, 1\], got 1.1"),
         (dict(label_drop=0.1), "build the network with classes"),

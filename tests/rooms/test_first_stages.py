@@ -215,7 +215,7 @@ def test_lpips_is_torchmetrics():
         )
         assert (grey > 0).all() and distance(a, a).abs().max() == 0
     model = KLAutoEncoder(32, channels=3, width=8, perceptual=0.5)
-    model.eyes = [distance]
+    model.distances = [distance]
     terms, _ = model.terms(a)
     terms["perceptual"].backward()
     assert model.encoder[0].weight.grad.norm() > 0 and not any("net" in k for k in model.state_dict())

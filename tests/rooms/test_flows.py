@@ -129,7 +129,7 @@ def by(network):
 def as_zuko(layer, dim, hidden):
     "zuko's twin of one of our layers."
     if isinstance(layer, Coupling):
-        keep = layer.keep.bool()
+        keep = layer.mask.bool()
         changed = (~keep).nonzero().squeeze(1)
         net = zuko.nn.MLP(int(keep.sum()), 2 * len(changed), [hidden, hidden], activation=nn.SiLU)
         return zuko.transforms.CouplingTransform(

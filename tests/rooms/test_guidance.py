@@ -511,7 +511,7 @@ class DropsInTheNetwork(Listener):
 class DropsAlways(DDPM):
     "The loss of validation drops as well."
 
-    def told(self, batch):
+    def condition_for(self, batch):
         return drop_parts(Cond(label=batch.label), self.label_drop)
 
 

@@ -327,8 +327,8 @@ def test_only_the_denoiser_learns(kl):
 def test_labels_are_dropped_in_training_only(kl):
     model, z = model_of(kl, classes=3, label_drop=1.0), encode_all(kl, pictures(12))
     batch = Batch(z.x, z.labels)
-    assert (model.train().told(batch).label == -1).all() and torch.equal(
-        model.eval().told(batch).label, z.labels
+    assert (model.train().condition_for(batch).label == -1).all() and torch.equal(
+        model.eval().condition_for(batch).label, z.labels
     )
 
 
