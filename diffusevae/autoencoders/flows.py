@@ -18,10 +18,10 @@ from ..core.layers import zero_init
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-06
 class Flow(nn.Module):
-    """Invertible layers in a row: `forward(z)` of codes `(B, dim)` gives z' `(B, dim)` and log|det ∂z'/∂z| `(B,)`.
+    """Invertible layers in a row, over codes of size `dim`.
 
-    `inverse(z')` gives z and the log-determinant of the way back. The layers stand in `maps`, and have both
-    directions, too.
+    `forward(z)` gives z' `(B, dim)` and log|det ∂z'/∂z| `(B,)` of codes z `(B, dim)`; `inverse(z')` gives z
+    and the log-determinant of the way back. The layers stand in `maps`, and have both directions, too.
 
     Raises: ValueError for fewer than `least` dimensions, no layers, or codes of another size.
     Source: Rezende and Mohamed 2015, equation 7.
@@ -127,12 +127,12 @@ class Planar(Flow):
 
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-19
 def bounded_network(first, second, last):
-    "Three linear layers as a network whose last hidden units are bounded, and whose output is zero at first."
+    "A network of three linear layers: its last hidden units are bounded, its output is zero to begin with."
     return nn.Sequential(first, nn.SiLU(), second, nn.Tanh(), zero_init(last))
 
 
 def scale_and_shift(network, z):
-    """The log-scales in [-1, 1] and the shifts that a network `(B, d) -> (B, 2 d)` gives for z: `(B, d)` each.
+    """The log-scales in [-1, 1] and the shifts that a network `(B, d) -> (B, 2 d)` gives for z: two `(B, d)`.
 
     They are in z's own precision, also where the network computes in a lower one.
     """

@@ -14,24 +14,33 @@ from torch import nn
 
 from .flows import RealNVP
 from .vae import StandardNormal, check_size, draw_codes
-from ..core.checkpoints import configured, find_system
-from ..core.pixels import to_float
+from ..core.checkpoints import configured, find_system, with_arguments
+from ..core.layers import Frozen
+from ..core.parameters import at_least
 
 # %% ../../nbs/3_autoencoders/08_priors.ipynb #priors-06
 @configured
 class FlowPrior(nn.Module):
-    """A RealNVP that sends codes `(n, dim)` to N(0, I): `log_prob` is its forward pass, `sample` its inverse. Raises ValueError as `RealNVP`.
+    """A RealNVP that sends codes `(n, dim)` to N(0, I): `log_prob` is its forward pass, `sample` its inverse.
 
-    Train it as the `prior` of a VAE, or afterwards by `LatentPrior`. Source: Dinh et al. 2017, equations 2 and 3; as a prior: Chen et al. 2017, section 3.2."""
+    Train it as the `prior` of a VAE, or afterwards by `LatentPrior`.
+
+    Raises: ValueError for dim below 2, layers below 1, and for codes of another size.
+    Source: Dinh et al. 2017, equations 2 and 3; as a prior: Chen et al. 2017, section 3.2.
+    """
 
     def __init__(self, dim, layers=6, hidden=64):
         super().__init__()
-        self.dim, self.base, self.flow = dim, StandardNormal(dim), RealNVP(dim, layers, hidden)
+        self.dim = dim
+        self.base = StandardNormal(dim)
+        self.flow = RealNVP(dim, layers, hidden)
 
     @torch.no_grad()
     def sample(self, n):
         "`n` codes, `(n, dim)`."
-        return self.flow.inverse(self.base.sample(n))[0]
+        noise = self.base.sample(n)
+        z, _ = self.flow.inverse(noise)
+        return z
 
     def log_prob(self, z):
         "log p(z) of codes `(n, dim)`, in nats: `(n,)`."
@@ -40,34 +49,50 @@ class FlowPrior(nn.Module):
 
 # %% ../../nbs/3_autoencoders/08_priors.ipynb #priors-10
 def expectation_maximisation(codes, components, seed=0):
-    "`weights` `(K,)`, `means` `(K, d)` and P, `precisions` `(K, d, d)`, of a mixture fitted to codes `(n, d)`, float64. ValueError for fewer than d + 1 codes a component."
+    """A Gaussian mixture fitted to codes `(n, d)` by expectation–maximisation, a dict of float64 tensors.
+
+    `weights` `(K,)`, `means` `(K, d)`, and `precisions` `(K, d, d)`: the triangular P of each component,
+    Σ⁻¹ = P P⊤.
+
+    Raises: ValueError for fewer than d + 1 codes a component.
+    """
     from sklearn.mixture import GaussianMixture
 
-    if len(codes) < (least := components * (codes.shape[1] + 1)):
+    needed = components * (codes.shape[1] + 1)
+    if len(codes) < needed:
         raise ValueError(
-            f"{components} components need at least {least} codes, got {len(codes)}; give more codes, or take fewer components"
+            f"{components} components need at least {needed} codes, got {len(codes)}; "
+            "give more codes, or take fewer components"
         )
-    found = GaussianMixture(components, random_state=seed).fit(codes.detach().double().cpu().numpy())
-    named = {"weights": found.weights_, "means": found.means_, "precisions": found.precisions_cholesky_}
-    return {name: torch.as_tensor(v) for name, v in named.items()}
+    mixture = GaussianMixture(components, random_state=seed)
+    mixture.fit(codes.detach().double().cpu().numpy())
+    return {
+        "weights": torch.as_tensor(mixture.weights_),
+        "means": torch.as_tensor(mixture.means_),
+        "precisions": torch.as_tensor(mixture.precisions_cholesky_),
+    }
 
 # %% ../../nbs/3_autoencoders/08_priors.ipynb #priors-11
 @configured
 class MixturePrior(nn.Module):
-    """A mixture of `components` Gaussians with full covariances over codes of size `dim`; `fit` it to codes of a trained VAE.
+    """A mixture of `components` Gaussians with full covariances over codes of size `dim`.
 
-    Raises ValueError for numbers below 1, codes that do not fit, or use before `fit`. Source: Ghosh et al. 2020, section 4 (ex-post density estimation)."""
+    `fit` it to codes of a trained VAE before anything else.
+
+    Raises: ValueError for numbers below 1, codes that do not fit, or use before `fit`.
+    Source: Ghosh et al. 2020, section 4 (ex-post density estimation).
+    """
 
     def __init__(self, dim, components):
         super().__init__()
-        if dim < 1 or components < 1:
-            raise ValueError(f"dim and components must be at least 1, got {dim} and {components}")
+        at_least(1, dim=dim, components=components)
         self.dim = dim
-        for name, *shape in (("weights",), ("means", dim), ("precisions", dim, dim)):
-            self.register_buffer(name, torch.zeros(components, *shape))
+        self.register_buffer("weights", torch.zeros(components))
+        self.register_buffer("means", torch.zeros(components, dim))
+        self.register_buffer("precisions", torch.zeros(components, dim, dim))
 
     def check(self, z, fitted=True):
-        "ValueError for codes of another size and, where it must be `fitted`, before `fit`."
+        "Raises ValueError unless z is `(n, dim)` and, where it must be `fitted`, before `fit` was called."
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"this mixture takes codes of (n, {self.dim}), got {tuple(z.shape)}")
         if fitted and not self.weights.any():
@@ -76,87 +101,95 @@ class MixturePrior(nn.Module):
             )
 
     def fit(self, codes, seed=0):
-        "Fit it to codes `(n, dim)`; returns itself. Errors as `expectation_maximisation`."
+        """Fits it to codes `(n, dim)`, and returns itself.
+
+        Raises: ValueError for codes of another size, or fewer than dim + 1 codes a component.
+        """
         self.check(codes, fitted=False)
         self.load_state_dict(expectation_maximisation(codes, len(self.weights), seed))
         return self
 
     def sample(self, n):
         "`n` codes, `(n, dim)`, each of its own random component."
-        self.check(z := torch.randn(n, self.dim, dtype=self.means.dtype, device=self.means.device))
-        for k in (
-            chosen := torch.multinomial(self.weights, n, replacement=True)
-        ).unique():  # not at once: n matrices of long codes fill the memory
-            z[chosen == k] = (
-                self.means[k]
-                + torch.linalg.solve_triangular(self.precisions[k].T, z[chosen == k].T, upper=False).T
-            )
+        z = torch.randn(n, self.dim, dtype=self.means.dtype, device=self.means.device)
+        self.check(z)
+        component = torch.multinomial(self.weights, n, replacement=True)
+        for k in component.unique():  # not all at once: n matrices of long codes would fill the memory
+            of_k = component == k
+            # P⊤ (z − μ) is standard normal
+            offset = torch.linalg.solve_triangular(self.precisions[k].T, z[of_k].T, upper=False).T
+            z[of_k] = self.means[k] + offset
         return z
 
     def log_prob(self, z):
         "log p(z) of codes `(n, dim)`, in nats: `(n,)`."
         self.check(z)
-        white = torch.einsum("nkd,kde->nke", z[:, None] - self.means, self.precisions)
-        heights = (
-            self.weights.log()
-            + self.precisions.diagonal(dim1=1, dim2=2).log().sum(1)
-            - self.dim / 2 * math.log(2 * math.pi)
-        )
-        return (heights - white.square().sum(2) / 2).logsumexp(1)
+        white = torch.einsum("nkd,kde->nke", z[:, None] - self.means, self.precisions)  # P⊤ (z − μ)
+        log_weight = self.weights.log()
+        log_det = self.precisions.diagonal(dim1=1, dim2=2).log().sum(1)  # log det P
+        constant = self.dim / 2 * math.log(2 * math.pi)
+        log_peak = log_weight + log_det - constant
+        return (log_peak - white.square().sum(2) / 2).logsumexp(1)
 
 # %% ../../nbs/3_autoencoders/08_priors.ipynb #priors-18
 @configured
-class LatentPrior(nn.Module):
-    """A system that trains `prior` on codes of a finished `vae`, frozen from now on; then `with_prior(system.vae, system.prior)` is the mended VAE.
+class LatentPrior(Frozen):
+    """A system that trains `prior` on codes of a finished `vae`, which is frozen from now on.
 
-    Raises ValueError for a prior of another size, or one with nothing to train."""
+    Afterwards `with_prior(system.vae, system.prior)` is the mended VAE.
+
+    Raises: ValueError for a prior of another size, or one with nothing to train.
+    """
+
+    frozen = ("vae",)
 
     def __init__(self, vae, prior):
         super().__init__()
         check_size("prior", prior, vae)
-        self.vae, self.prior = vae.requires_grad_(False).eval(), prior
+        self.vae = vae.requires_grad_(False).eval()
+        self.prior = prior
         if not any(p.requires_grad for p in prior.parameters()):
             raise ValueError(
-                f"{type(prior).__name__} has nothing to train; use a FlowPrior, or fit a MixturePrior to codes_of the VAE"
+                f"{type(prior).__name__} has nothing to train; use a FlowPrior, "
+                "or fit a MixturePrior to codes_of the VAE"
             )
 
-    def train(self, mode=True):
-        "The VAE is finished: it stays in evaluation mode."
-        super().train(mode).vae.eval()
-        return self
-
     def loss(self, batch):
-        "−log p(z) of codes drawn from q(z | x): `{'loss': scalar}` in nats, mean over the batch."
+        "−log p(z) of codes drawn from q(z | x): `{'loss': scalar}` in nats, a mean over the batch."
         with torch.no_grad():
-            z = self.vae.posterior_sample(batch.x)[0]
+            z, _ = self.vae.posterior_sample(batch.x)
         return {"loss": -self.prior.log_prob(z).mean()}
 
     @torch.no_grad()
     def sample(self, n, seeds=None):
-        "The decoder's means for `n` codes of the trained prior, `(n, C, H, W)`; `seeds` as in `draw_codes`."
+        "The decoder's means for `n` codes of the prior, `(n, C, H, W)`; `seeds`, if given, one for each."
         return self.vae.decode(draw_codes(self.prior, n, seeds))
 
 # %% ../../nbs/3_autoencoders/08_priors.ipynb #priors-20
 def with_prior(vae, prior):
     """A copy of `vae` in evaluation mode that samples from a copy of `prior`, and says so in its config.
 
-    Raises ValueError for a prior of another size, or a VAE without a choice of prior (a hierarchical one)."""
+    Raises: ValueError for a prior of another size, or a VAE without a choice of prior (a hierarchical one).
+    """
     check_size("prior", prior, vae)
-    if "prior" not in (arguments := vae.config["arguments"]):
+    if "prior" not in vae.config["arguments"]:
         raise ValueError(f"{type(vae).__name__} has a prior of its own; give a VAE")
     twin = copy.deepcopy(vae).eval()
-    twin.prior, twin.config = (
-        copy.deepcopy(prior),
-        {**vae.config, "arguments": {**arguments, "prior": prior.config}},
-    )
+    twin.prior = copy.deepcopy(prior)
+    twin.config = with_arguments(vae.config, prior=prior)
     return twin
 
 
 def load_prior(path, device="auto"):
-    "The prior of the VAE at `path`: a run's folder, a checkpoint or a shipped name; of a DiffuseVAE that of its VAE. ValueError for what has none."
+    """The prior of the VAE, or of the VAE in the system, at `path`: a run's folder, a checkpoint, a shipped name.
+
+    Raises: ValueError for a model that has none.
+    """
     system = find_system(path, device)
-    if not hasattr(vae := getattr(system, "vae", system), "prior"):
+    vae = getattr(system, "vae", system)
+    if not hasattr(vae, "prior"):
         raise ValueError(
-            f"{path} is a {type(system).__name__} and has no prior; give a VAE, such as vae.safetensors in a run of train_prior"
+            f"{path} is a {type(system).__name__} and has no prior; "
+            "give a VAE, such as vae.safetensors in a run of train_prior"
         )
     return vae.prior

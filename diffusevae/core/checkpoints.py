@@ -67,13 +67,15 @@ def save_tensors(path, tensors, info):
     Raises: TypeError for an `info` that JSON cannot say, OSError where `path` cannot be written.
     """
     # copies: safetensors takes neither strided tensors nor two names for one memory (tied weights)
-    tensors = {name: v.detach().to("cpu", copy=True).contiguous() for name, v in tensors.items()}
+    copies = {}
+    for name, value in tensors.items():
+        copies[name] = value.detach().to("cpu", copy=True).contiguous()
     metadata = {"info": json.dumps(info)}
     with whole_file(path) as temporary:
         temporary.touch()  # with the permissions of any new file; safetensors would let nobody else read it
         mode = temporary.stat().st_mode
         try:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(copies, temporary, metadata=metadata)
         except SafetensorError as e:
             raise OSError(None, str(e)) from e
         temporary.chmod(mode)

@@ -14,6 +14,7 @@ import warnings
 import torch
 from torch import nn
 
+from .checkpoints import configured
 from .parameters import choice
 from .pixels import column
 
@@ -214,6 +215,7 @@ def corrupt(x, kind, severity, generator=None):
     return corruptions[kind](x, severity, generator).clamp(-1, 1)
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-28
+@configured
 class Augmentation(nn.Module):
     """Conditioning augmentation: corrupts images `(B, C, H, W)` in training mode, none in evaluation mode.
 
@@ -243,8 +245,6 @@ class Augmentation(nn.Module):
             )
         self.largest = {kind: float(s) for kind, s in given.items() if s > limits[kind][0]}
         self.clean = clean
-        name = f"{type(self).__module__}.{type(self).__qualname__}"
-        self.config = {"class": name, "arguments": {**given, "clean": clean}}
 
     def forward(self, x_hat):
         if not self.training or not self.largest:

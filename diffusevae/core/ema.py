@@ -184,7 +184,8 @@ def reconstruct(run_dir, length, step=None):
     average = {}
     for path, info in snapshots:
         n = len(info["gammas"])
-        own, weights = weights[:n], weights[n:]
+        own = weights[:n]
+        weights = weights[n:]
         tensors, _ = load_tensors(path)
         for name, value in tensors.items():
             i, _, parameter = name.partition(".")

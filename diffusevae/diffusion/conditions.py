@@ -40,7 +40,8 @@ class Cond:
 
     def map(self, function):
         "The condition with `function(name, part)` in each part's place."
-        return replace(self, **{name: function(name, part) for name, part in self.parts().items()})
+        parts = {name: function(name, part) for name, part in self.parts().items()}
+        return replace(self, **parts)
 
     def __getitem__(self, i):
         "The rows `i` of every part, still a batch: a slice, a list, a mask, or one index."

@@ -20,7 +20,7 @@ from ..core.layers import SelfAttention
 from . import schedules
 from .process import Diffusion
 from .schedules import Schedule
-from .unet import UNet, UNetMiddle
+from .unet import UNet
 
 # where a saved pipeline has its files
 _tensors_at = "unet/diffusion_pytorch_model.safetensors"
@@ -291,9 +291,8 @@ def _arguments(settings, size, channels, null_class):
     "The arguments of the `UNet` that a UNet2DModel's settings describe."
     widths = settings["block_out_channels"]
     rows = settings["num_class_embeds"]
-    if (
-        channels is None
-    ):  # fewer come in than go out with a learned variance, and more with an image condition
+    if channels is None:
+        # a learned variance adds channels that go out, an image condition adds some that come in
         channels = min(settings["in_channels"], settings["out_channels"])
     arguments = dict(
         size=size,
@@ -378,7 +377,8 @@ def _cosine(T, start, end):
 
 def _sigmoid_betas(T, start, end):
     "Betas along a sigmoid from `start` to `end`."
-    return start + (end - start) * torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
+    rising = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
+    return start + (end - start) * rising
 
 
 _scheduler_words = {  # a setting of a scheduler: what diffusers calls its values, and what they are here
@@ -499,9 +499,7 @@ def export_diffusers(folder, system):
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-33
 def _read(path, reader):
-    """`reader(path)`, with errors that say what is expected: FileNotFoundError, or ValueError for a damaged
-    file.
-    """
+    "What `reader` makes of a file, with errors that say what is expected there."
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; what diffusers saves with safe_serialization=True "

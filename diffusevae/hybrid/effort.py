@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..autoencoders.vae import draw_codes
+from ..core.parameters import choice
 from ..diffusion import samplers
 from ..diffusion.process import Diffusion
 from .adaptive import pixel_spread
@@ -25,184 +26,257 @@ def rms(x):
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-09
 class KeptX0(Refiner):
-    """A refiner that keeps each sample's x0 until it must have drifted by `drift` (rms over pixels), and then asks `system` again. `calls` `(B,)` counts.
+    """A refiner that keeps each sample's x0 until it must have drifted, and only then asks `system` again.
 
-    With drift 0 every step asks. Raises ValueError for a negative drift, or a learned variance, which a kept x0 does not have. Source: Hairer et al. 1993, section II.4.
+    `drift`, rms over pixels, is how far x0 may have moved; with 0 every step asks. `calls` `(B,)` counts the
+    network evaluations of the last walk.
+
+    Raises: ValueError for what does not refine, for a negative drift, and for a learned variance, which a
+    kept x0 does not have.
+    Source: Hairer et al. 1993, section II.4.
     """
 
     def __init__(self, system, drift=0.0):
         super().__init__()
         check_refiner(system)
-        if not drift >= 0 or system.process.variance == "learned_range":
+        process = system.process
+        if not drift >= 0 or process.variance == "learned_range":
             raise ValueError(
-                f"drift must not be negative, and the variance must be fixed; got drift {drift} and {system.process.variance}"
+                "drift must not be negative, and the variance must be fixed; "
+                f"got drift {drift} and {process.variance}"
             )
-        self.system, self.drift, self.cond = system, drift, system.cond
-        self.process = Diffusion(system.process.schedule, "x0", system.process.variance)
-        self.levels = system.process.schedule.log_snr().clamp(-12, 12)
+        self.system = system
+        self.drift = drift
+        self.cond = system.cond
+        self.process = Diffusion(process.schedule, "x0", process.variance)
+        self.log_snr = process.schedule.log_snr().clamp(-12, 12)  # λ at each t, (T,)
 
     def model(self, x_hat, guidance=0.0):
-        self.system.model(x_hat, guidance)  # refuses what it cannot do before the first step
-        none, n = self.levels.new_full((len(x_hat),), math.inf), len(x_hat)
-        self.x0, self.at, self.rate, self.stride, self.calls = (
-            torch.zeros_like(x_hat),
-            -none,
-            none.clone(),
-            none.clone(),
-            torch.zeros(n, dtype=torch.int64),
-        )
+        """A denoiser that says x0, the kept one or a new one; with it a new walk begins.
 
-        def kept(x, t, cond=None):
-            t, gone = t.long(), self.levels[t.long()] - self.at
-            due = ((self.rate * gone >= self.drift) | (gone >= 2 * self.stride)).nonzero()[:, 0]
+        Raises: ValueError for guidance that was not trained for.
+        """
+        self.system.model(x_hat, guidance)  # refuses what it cannot do before the first step
+        n = len(x_hat)
+        never = self.log_snr.new_full((n,), math.inf)
+        self.x0 = torch.zeros_like(x_hat)  # what the network said last
+        self.asked_at = -never  # log-SNR where it said so
+        self.rate = never.clone()  # rms change of x0 per unit of log-SNR
+        self.stride = never.clone()  # log-SNR between the last two questions
+        self.calls = torch.zeros(n, dtype=torch.int64)  # network evaluations so far
+
+        def kept_x0(x, t, cond=None):
+            t = t.long()
+            passed = self.log_snr[t] - self.asked_at
+            drifted = self.rate * passed >= self.drift  # equation (1)
+            too_far = passed >= 2 * self.stride
+            due = (drifted | too_far).nonzero()[:, 0]
             if len(due):
-                self.ask(due, self.system.model(x_hat[due], guidance), x[due], t[due], cond[due], gone[due])
+                denoiser = self.system.model(x_hat[due], guidance)
+                x0 = self._ask(denoiser, x[due], t[due], cond[due])
+                self._replace(due, x0, t[due], passed[due])
             return self.x0.clone()
 
-        return kept
+        return kept_x0
 
-    def ask(self, due, model, x, t, cond, gone):
-        "Put the network's x0 of the samples `due` in the place of the kept one, and note how fast it moved."
-        x0 = self.system.process.to_x0(model(x, self.system.process.time_input(t), cond), x, t)
-        moved = rms(x0.clamp(-1, 1) - self.x0[due].clamp(-1, 1)).to(gone)
-        self.rate[due] = torch.where(
-            gone < math.inf, moved / gone, math.inf
-        )  # the first answer has none before it
-        self.x0[due], self.at[due], self.stride[due] = x0, self.levels[t], gone
+    def _ask(self, denoiser, x, t, cond):
+        "The network's x0 for some samples `(k, C, H, W)` at their times `(k,)`."
+        process = self.system.process
+        out = denoiser(x, process.time_input(t), cond)
+        return process.to_x0(out, x, t)
+
+    def _replace(self, due, x0, t, passed):
+        "Put a new x0 in the place of the kept one of the samples `due`, and note how fast it moved."
+        moved = rms(x0.clamp(-1, 1) - self.x0[due].clamp(-1, 1)).to(passed)
+        # the first answer has none before it
+        self.rate[due] = torch.where(passed < math.inf, moved / passed, math.inf)
+        self.x0[due] = x0
+        self.asked_at[due] = self.log_snr[t]
+        self.stride[due] = passed
         self.calls[due.cpu()] += 1
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-10
 @torch.no_grad()
-def refine_by_drift(system, x_hat, z=None, drift=0.0, **how):
-    "Refine x̂ by `system.steps` with these keywords, asking no more often than `drift` demands: images, and network evaluations of each, int64 `(B,)`."
-    lazy = KeptX0(system, drift)
-    return samplers.final_image(lazy.steps(x_hat, z, **how)), lazy.calls
+def refine_by_drift(system, x_hat, z=None, drift=0.0, **walk):
+    """Refine x̂ `(B, C, H, W)`, asking the network no more often than `drift` demands.
+
+    Returns the images and the network evaluations of each, int64 `(B,)`. `walk` are keywords of
+    `Refiner.steps`, such as seeds, steps and start; `z` `(B, d)` is needed by a model with `use_z`.
+
+    Raises: ValueError for what does not refine, for a negative drift, for a learned variance, and for what
+    the walk refuses.
+    """
+    kept = KeptX0(system, drift)
+    images = samplers.final_image(kept.steps(x_hat, z, **walk))
+    return images, kept.calls
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-19
 def mean_spread(system, x_hat, z=None, seeds=None):
-    "Root mean square of the spread of each x̂, `(B,)`; no network evaluation, but an encoding and eight decodings."
+    """Root mean square of the spread of each x̂ `(B, C, H, W)`: `(B,)`.
+
+    It costs no network evaluation, but an encoding and eight decodings.
+    """
     return rms(pixel_spread(system.vae, x_hat))
 
 
 @torch.no_grad()
 def first_move(system, x_hat, z=None, seeds=None):
-    "How far a single look from half-way, at x̂ noised to T / 2, moves each x̂: rms, `(B,)`; one network evaluation."
-    return rms(
-        samplers.final_image(system.steps(x_hat, z, seeds=seeds, steps=1, start=system.process.T // 2))
-        - x_hat
-    )
+    """How far one step from half-way, from x̂ noised to T / 2, moves each x̂ `(B, C, H, W)`: rms, `(B,)`.
+
+    It costs one network evaluation.
+    """
+    half_way = system.process.T // 2
+    x0 = samplers.final_image(system.steps(x_hat, z, seeds=seeds, steps=1, start=half_way))
+    return rms(x0 - x_hat)
 
 
-uncertainty_measures = {
-    "spread": (mean_spread, 0),
-    "move": (first_move, 1),
-}  # and what each costs in evaluations
+# each measure, and what it costs in network evaluations
+uncertainty_measures = {"spread": (mean_spread, 0), "move": (first_move, 1)}
 
 
-def uncertainty_of(name, system, x_hat, z=None, seeds=None):
-    "How uncertain each x̂ is by the measure `name`, `(B,)`, and what it cost in evaluations. Raises ValueError for an unknown one."
-    if name not in uncertainty_measures:
-        raise ValueError(f"measure must be one of {', '.join(uncertainty_measures)}, got {name!r}")
-    measure, cost = uncertainty_measures[name]
-    return measure(system, x_hat, z, seeds), cost
+def uncertainty_of(
+    measure,  # a name in `uncertainty_measures`
+    system,  # the refiner that is to be saved work
+    x_hat,  # samples of its VAE, (B, C, H, W) in [-1, 1]
+    z=None,  # their codes, (B, d); needed with use_z
+    seeds=None,  # one a sample, for the noise; None: the global generator
+):
+    """How uncertain each x̂ is, `(B,)`, and what it cost to find out, in network evaluations.
+
+    Raises: ValueError for an unknown measure.
+    """
+    function, cost = choice("measure", measure, uncertainty_measures)
+    return function(system, x_hat, z, seeds), cost
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-20
+def _buckets_of(uncertainty, edges):
+    "How many of the rising `edges`, a list, lie below each uncertainty `(B,)`: int64 `(B,)`."
+    return torch.bucketize(uncertainty, torch.tensor(edges).to(uncertainty))
+
+
 @dataclass(frozen=True)
 class Effort:
-    """Which keywords of `refine_by_drift` serve a sample: `choices`, one more than `edges`, by the bucket of its uncertainty under `measure`. JSON holds it (`asdict`).
+    """Which keywords of `refine_by_drift` serve a sample, by the bucket of its uncertainty.
 
-    `fitted` says, for each bucket, the `distance` to the full result and the `evaluations` when it was fitted. Raises ValueError for an unknown measure or numbers that do not fit.
+    JSON holds it (`asdict`).
+
+    Raises: ValueError for an unknown measure, edges that do not rise, or another number of choices than of
+    buckets.
     """
 
-    measure: str
-    edges: list
-    choices: list
+    measure: str  # of uncertainty, a name in `uncertainty_measures`
+    edges: list  # of the buckets, rising; one bucket more than edges
+    choices: list  # keywords for each bucket, the most certain one first
+    # for each bucket {"distance": to the full result, "evaluations": of the network} as it was fitted
     fitted: list = field(default_factory=list)
 
     def __post_init__(self):
-        if self.measure not in uncertainty_measures:
+        choice("measure", self.measure, uncertainty_measures)
+        buckets = len(self.edges) + 1
+        if len(self.choices) != buckets or list(self.edges) != sorted(self.edges):
             raise ValueError(
-                f"measure must be one of {', '.join(uncertainty_measures)}, got {self.measure!r}"
-            )
-        if len(self.choices) != len(self.edges) + 1 or list(self.edges) != sorted(self.edges):
-            raise ValueError(
-                f"{len(self.edges)} edges, rising, need {len(self.edges) + 1} choices; got {self.edges} and {len(self.choices)} choices"
+                f"{len(self.edges)} edges, rising, need {buckets} choices; "
+                f"got {self.edges} and {len(self.choices)} choices"
             )
 
     def buckets(self, system, x_hat, z=None, seeds=None):
-        "The bucket of each x̂, int64 `(B,)` in 0 … len(edges), 0 the most certain, and what it cost to find out in evaluations: nothing where there is one bucket."
+        """The bucket of each x̂ `(B, C, H, W)`, int64 `(B,)`, 0 the most certain, and what it cost to find out.
+
+        The cost is in network evaluations: none where there is one bucket.
+        """
         if not self.edges:
             return torch.zeros(len(x_hat), dtype=torch.int64, device=x_hat.device), 0
         uncertainty, cost = uncertainty_of(self.measure, system, x_hat, z, seeds)
-        return torch.bucketize(uncertainty, torch.tensor(self.edges).to(uncertainty)), cost
+        return _buckets_of(uncertainty, self.edges), cost
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-21
 def _cheapest(rows, tried, tolerance):
-    "The index of the cheapest of `tried`, pairs of distances and evaluations, whose mean distance over `labelled_rows` is below `tolerance`; the first one is at 0."
-    means = [
-        (float(calls[rows].double().mean()), i, float(distance[rows].mean()))
-        for i, (distance, calls) in enumerate(tried)
-    ]
-    evaluations, i, distance = min(m for m in means if m[2] <= tolerance)
+    """Which of the settings `tried` is the cheapest within `tolerance` for the samples `rows`, and how it did.
+
+    Each is a pair of distances and evaluations, `(B,)`. The first one is the full walk, at distance 0.
+    """
+    within = []
+    for i, (distances, calls) in enumerate(tried):
+        distance = float(distances[rows].mean())
+        evaluations = float(calls[rows].double().mean())
+        if distance <= tolerance:
+            within.append((evaluations, i, distance))
+    evaluations, i, distance = min(within)
     return i, {"distance": distance, "evaluations": evaluations}
 
 
 def fit_effort(
-    system,
-    x_hat,
-    z=None,
-    candidates=(),
-    tolerance=0.02,
-    full=None,
-    measure="spread",
-    buckets=4,
-    seeds=None,
-    **how,
+    system,  # the refiner that is to be saved work
+    x_hat,  # samples of its VAE to fit on, (B, C, H, W) in [-1, 1]
+    z=None,  # their codes, (B, d); needed with use_z
+    candidates=(),  # settings to choose from, each a dict of keywords of `refine_by_drift`
+    tolerance=0.02,  # largest mean rms distance to the full result, above 0
+    full=None,  # the setting of the full walk; None is 50 steps
+    measure="spread",  # of uncertainty, a name in `uncertainty_measures`
+    buckets=4,  # of uncertainty, equally many samples in each
+    seeds=None,  # one a sample, for the noise; None is 0, 1, …
+    **walk,  # keywords of `Refiner.steps` for all settings alike
 ):
-    """An `Effort` for samples like `x_hat` `(B, C, H, W)`: in each of `buckets`, of equal size, the cheapest of `full` and `candidates`, keywords of `refine_by_drift`, that stays near; one bucket if all agree.
+    """An `Effort` for samples like x̂: in each bucket the cheapest setting that stays near the full result.
 
-    Near is a mean rms distance of at most `tolerance` to what `full` (50 steps) makes of the same noise, by `seeds`, 0, 1, … unless given. `how` goes to all of them. Raises
-    ValueError for a tolerance that is not positive, for fewer samples than buckets, and as `check_refiner`.
+    Near is a mean distance of at most `tolerance` to what `full` makes of the same noise. Where all buckets
+    choose the same setting, one bucket is left.
+
+    Raises: ValueError for what does not refine, for a tolerance that is not positive, for fewer samples than
+    buckets, for images that are not finite, and for an unknown measure.
     """
     check_refiner(system)
-    if not tolerance > 0 or not 0 < buckets <= len(x_hat) or not x_hat.isfinite().all():
+    n = len(x_hat)
+    if not tolerance > 0 or not 0 < buckets <= n or not x_hat.isfinite().all():
         raise ValueError(
-            f"a positive tolerance and no more buckets than samples, all finite, are needed, got {tolerance}, {buckets} and {len(x_hat)} samples"
+            "a positive tolerance and no more buckets than samples, all finite, are needed, "
+            f"got {tolerance}, {buckets} and {n} samples"
         )
-    seeds, settings = range(len(x_hat)) if seeds is None else seeds, [full or {"steps": 50}, *candidates]
+    seeds = range(n) if seeds is None else seeds
+    settings = [full or {"steps": 50}, *candidates]
+
     uncertainty, _ = uncertainty_of(measure, system, x_hat, z, seeds)
-    edges = torch.quantile(uncertainty, torch.linspace(0, 1, buckets + 1)[1:-1].to(uncertainty)).tolist()
-    results = [refine_by_drift(system, x_hat, z, seeds=seeds, **{**how, **setting}) for setting in settings]
-    tried, bucket = (
-        [(rms(x0 - results[0][0]), calls) for x0, calls in results],
-        torch.bucketize(uncertainty, torch.tensor(edges).to(uncertainty)),
-    )
+    shares = torch.linspace(0, 1, buckets + 1)[1:-1]
+    edges = torch.quantile(uncertainty, shares.to(uncertainty)).tolist()
+    bucket = _buckets_of(uncertainty, edges)
+
+    results = []
+    for setting in settings:
+        keywords = {**walk, **setting}
+        results.append(refine_by_drift(system, x_hat, z, seeds=seeds, **keywords))
+    full_images, _ = results[0]
+    tried = [(rms(images - full_images), calls) for images, calls in results]
+
     best = [_cheapest((bucket == b).cpu(), tried, tolerance) for b in range(buckets)]
     if len({i for i, _ in best}) == 1:  # nobody needs to be told apart, and measuring would be for nothing
-        edges, best = [], [_cheapest(slice(None), tried, tolerance)]
-    return Effort(measure, edges, [dict(settings[i]) for i, _ in best], [found for _, found in best])
+        edges = []
+        best = [_cheapest(slice(None), tried, tolerance)]
+    choices = [dict(settings[i]) for i, _ in best]
+    fitted = [found for _, found in best]
+    return Effort(measure, edges, choices, fitted)
 
 
 @torch.no_grad()
-def sample_adaptive(system, n, effort, seeds=None, **how):
-    """`n` refined images `(n, C, H, W)` by an `Effort`, group by group, and the network evaluations of each, int64 `(n,)`; `how` goes to all groups.
+def sample_adaptive(system, n, effort, seeds=None, **walk):
+    """`n` refined images `(n, C, H, W)` by an `Effort`, and the network evaluations of each, int64 `(n,)`.
 
-    `seeds` fix code and noise as in the system's own `sample`, drawn by the global generator unless given. ValueError as `check_refiner`.
+    `seeds`, one a sample, fix code and noise as in the system's own `sample`; None draws them by the global
+    generator. `walk` are keywords of `Refiner.steps` for all buckets alike.
+
+    Raises: ValueError for what does not refine, or another number of seeds.
     """
     check_refiner(system)
     seeds = torch.randint(2**31, (n,)).tolist() if seeds is None else list(seeds)
     z = draw_codes(system.vae.prior, n, seeds)
     x_hat = system.vae.decode(z)
     bucket, cost = effort.buckets(system, x_hat, z, seeds)
-    images, calls = torch.empty_like(x_hat), torch.full((n,), cost)
+    images = torch.empty_like(x_hat)
+    calls = torch.full((n,), cost)
     for b in bucket.unique().tolist():
         rows = (bucket == b).nonzero()[:, 0]
-        images[rows], own = refine_by_drift(
-            system,
-            x_hat[rows],
-            z[rows],
-            seeds=[seeds[i] for i in rows.tolist()],
-            **{**how, **effort.choices[b]},
-        )
-        calls[rows.cpu()] += own
+        own_seeds = [seeds[i] for i in rows.tolist()]
+        keywords = {**walk, **effort.choices[b]}
+        refined, own_calls = refine_by_drift(system, x_hat[rows], z[rows], seeds=own_seeds, **keywords)
+        images[rows] = refined
+        calls[rows.cpu()] += own_calls
     return images, calls
