@@ -1,5 +1,9 @@
-"""Kernels that are there at once. One process imports the large libraries and forks, and each fork is a fresh kernel: `python forks.py serve` is that
-process; whoever starts kernels starts `python forks.py kernel`, which asks it for a fork and stands for that fork as long as it lives."""
+"""Kernels that are there at once.
+
+One process imports the large libraries and forks, and each fork is a fresh kernel: `python forks.py serve`
+is that process; whoever starts kernels starts `python forks.py kernel`, which asks it for a fork and stands
+for that fork as long as it lives.
+"""
 
 import json
 import os
@@ -46,7 +50,9 @@ def serve(door):
 
 
 def become_kernel(line):
-    "The kernel that a caller asks for, in its folder and with its environment; when the caller ends, it ends."
+    """The kernel that a caller asks for, in its folder and with its environment; when the caller ends, it
+    ends.
+    """
     from ipykernel.kernelapp import launch_new_instance
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -61,7 +67,10 @@ def become_kernel(line):
 
 
 def kernel(port, *argv):
-    "Call for a kernel in this folder with these arguments, and last until it ends. Who interrupts a kernel before shutting it down ends it."
+    """Call for a kernel in this folder with these arguments, and last until it ends.
+
+    Who interrupts a kernel before shutting it down ends it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         line = socket.create_connection((HERE, int(port)))
@@ -84,7 +93,9 @@ def running(*arguments, **how):
 
 @contextmanager
 def forking(home, name, **how):
-    "While the block lasts, kernels called `name` are forks, for whoever has the folder `home` in JUPYTER_PATH; `how` goes to the process that forks."
+    """While the block lasts, kernels called `name` are forks, for whoever has the folder `home` in
+    JUPYTER_PATH; `how` goes to the process that forks.
+    """
     with socket.create_server((HERE, 0)) as door:
         argv = [
             sys.executable,

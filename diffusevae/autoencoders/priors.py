@@ -181,7 +181,7 @@ def with_prior(vae, prior):
 
 
 def load_prior(path, device="auto"):
-    """The prior of the VAE, or of the VAE in the system, at `path`: a run's folder, a checkpoint, a shipped name.
+    """The prior of the VAE at `path`, a run's folder, a checkpoint or a shipped name; also of a DiffuseVAE's.
 
     Raises: ValueError for a model that has none.
     """

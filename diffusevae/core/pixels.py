@@ -45,10 +45,9 @@ class Rows:
         "The fields that hold tensors, by name."
         return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
 
-    def _check_lengths(self):
-        "Raises ValueError unless all tensors have as many rows as the first field."
+    def _check_lengths(self, what):
+        "Raises ValueError unless all tensors have as many rows as the first field, `what` in words."
         if any(len(rows) != len(self) for rows in self._tensors().values()):
-            what = fields(self)[0].name
             raise ValueError(f"labels and attributes must have one row for each of the {len(self)} {what}")
 
 # %% ../../nbs/1_core/01_pixels.ipynb #pixels-image-set
@@ -69,7 +68,7 @@ class ImageSet(Rows):
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             got = f"{self.images.dtype} {tuple(self.images.shape)}"
             raise ValueError(f"images must be uint8 (N, C, H, W), got {got}; convert floats by to_uint8")
-        self._check_lengths()
+        self._check_lengths("images")
 
     @property
     def channels(self):

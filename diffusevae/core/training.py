@@ -44,9 +44,7 @@ class Settings:
     lr: float = 1e-3  # peak learning rate of AdamW
     weight_decay: float = 0.0  # of AdamW, 0 for none
     warmup: int = 50  # steps over which the learning rate rises linearly
-    schedule: str = (
-        "cosine"  # learning rate after the warm-up: constant, or cosine down to 0 at the last step
-    )
+    schedule: str = "cosine"  # learning rate after the warm-up: constant, or cosine down to 0 at the end
     clip: float = 1.0  # largest norm of the whole gradient, 0 for no clipping
     ema: float = 0.999  # largest decay of the averaged weights, below 1; 0 for none
     ema_snapshots: int = 0  # steps between snapshots for an average that is chosen afterwards, 0 for none
@@ -59,9 +57,7 @@ class Settings:
     seed: int = 0  # of the split, the order of the images and all random numbers of the steps
     device: str = "auto"  # auto, cpu, cuda or mps
     precision: str = "auto"  # of the networks: auto (what suits the device), float32 or bfloat16
-    compile: str = (
-        "auto"  # the networks: auto (what suits the device), on, off, graphs (on, with CUDA graphs)
-    )
+    compile: str = "auto"  # the networks: auto (what suits the device), on, off, or graphs (CUDA graphs too)
 
     def __post_init__(self):
         positive(steps=self.steps, batch_size=self.batch_size, lr=self.lr)

@@ -15,184 +15,235 @@ import torch
 
 from ..autoencoders.vqvae import known_scale
 from ..core.checkpoints import configured, load_tensors, save_tensors
-from ..core.pixels import Rows
+from ..core.devices import evaluating
+from ..core.layers import Frozen
+from ..core.parameters import choice
+from ..core.pixels import Rows, map_batches
 from .ddpm import DDPM
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-08
 def check_latent_denoiser(stage, denoiser=None):
     "Raises ValueError unless `stage` is a first stage, and the `denoiser`, if given, takes its latents."
-    if missing := [
-        name for name in ("to_latent", "from_latent", "latent_shape", "scale") if not hasattr(stage, name)
-    ]:
-        raise ValueError(
-            f"{type(stage).__name__} is no first stage, it has no {missing[0]}; use a VQVAE, a KLAutoEncoder or a KLF"
-        )
+    for name in ("to_latent", "from_latent", "latent_shape", "scale"):
+        if not hasattr(stage, name):
+            raise ValueError(
+                f"{type(stage).__name__} is no first stage, it has no {name}; "
+                "use a VQVAE, a KLAutoEncoder or a KLF"
+            )
     if denoiser is None:
         return
     c, h, w = stage.latent_shape
-    if (denoiser.channels, denoiser.size, denoiser.size) != (c, h, w):
-        took = f"({denoiser.channels}, {denoiser.size}, {denoiser.size})"
+    size = denoiser.size
+    if (denoiser.channels, size, size) != (c, h, w):
         raise ValueError(
-            f"the denoiser takes grids of {took}, but this first stage's latents are ({c}, {h}, {w}); build it with size={h}, channels={c}"
+            f"the denoiser takes grids of ({denoiser.channels}, {size}, {size}), "
+            f"but this first stage's latents are ({c}, {h}, {w}); build it with size={h}, channels={c}"
         )
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-11
 @dataclass(frozen=True)
 class LatentSet(Rows):
-    """Latents `x`, float32 `(N, c, h, w)` as `to_latent` gives them, with what is known of the images: labels int64 `(N,)` or None, the classes' names, attributes or None.
+    """Latents with what is known of their images: what a latent model trains on in place of an ImageSet.
 
-    What a latent model trains on in place of an ImageSet; it cannot be mirrored. Raises ValueError for another type or shape, or parts of another length.
+    It cannot be mirrored.
+
+    Raises: ValueError for latents of another type or shape, or parts of another length.
     """
 
-    x: torch.Tensor
-    labels: torch.Tensor | None = None
-    classes: tuple = ()
-    attributes: torch.Tensor | None = None
+    x: torch.Tensor  # float32 (N, c, h, w), as `to_latent` gives them
+    labels: torch.Tensor | None = None  # int64 (N,)
+    classes: tuple = ()  # the names of the labels
+    attributes: torch.Tensor | None = None  # (N, A)
 
     flippable = False  # the mirror of a latent is not the latent of the mirror
 
     def __post_init__(self):
         if self.x.dtype != torch.float32 or self.x.ndim != 4:
             raise ValueError(
-                f"latents must be float32 (N, c, h, w), got {self.x.dtype} {tuple(self.x.shape)}; make them by encode_all"
+                f"latents must be float32 (N, c, h, w), got {self.x.dtype} {tuple(self.x.shape)}; "
+                "make them by encode_all"
             )
-        self._check_lengths()
+        self._check_lengths("latents")
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-14
 @torch.no_grad()
 def encode_all(first_stage, images, flip=False, batch_size=256):
-    """The latents of an ImageSet as a `LatentSet` where the images are, computed where the first stage is; with `flip`, those of all mirrored images follow.
+    """The latents of an ImageSet as a `LatentSet`; with `flip`, those of all mirrored images follow.
 
-    Raises ValueError for no first stage, one without scale, no images, or images that it does not take; warns of latents that are far from unit size.
+    They are computed where the first stage is, and lie where the images are. Warns of latents that are
+    far from unit size.
+
+    Raises: ValueError for no first stage, one without scale, no images, or images that it does not take.
     """
     check_latent_denoiser(first_stage)
     if not len(images):
         raise ValueError("there are no images to encode; give a set of at least one")
     known_scale(first_stage)
-    z = torch.cat(
-        [torch.stack(pair) for pair in _encoded(first_stage, images, 1 + flip, batch_size)], dim=1
-    ).flatten(0, 1)
-    if z.numel() > 10_000 and not 0.5 < (std := float(z.std())) < 2:
-        warnings.warn(
-            f"these latents have standard deviation {std:.2g}, not 1: is the scale another model's? Compute it by set_scale",
-            stacklevel=2,
-        )
-    return _known_of(images, z, flip)
+    z = _encoded(first_stage, images, batch_size)
+    if flip:
+        z_of_mirrored = _encoded(first_stage, images, batch_size, mirrored=True)
+        z = torch.cat([z, z_of_mirrored])
+    if z.numel() > 10_000:
+        std = float(z.std())
+        if not 0.5 < std < 2:
+            warnings.warn(
+                f"these latents have standard deviation {std:.2g}, not 1: is the scale another model's? "
+                "Compute it by set_scale",
+                stacklevel=2,
+            )
+    return _latent_set(images, z, flip)
 
 
-def _known_of(images, z, flip):
-    "Latents with their images' labels, classes and attributes, these twice if mirrored images follow."
-    twice = {
-        k: v if v is None else torch.cat([v] * (1 + flip))
-        for k in ("labels", "attributes")
-        for v in [getattr(images, k)]
-    }
-    return LatentSet(z, classes=images.classes, **twice)
-
-
-def _encoded(stage, images, ways, batch_size):
-    "For each batch the latents of its images and, with 2 `ways`, of their mirrors, on the images' device; with a progress bar where there are many."
+def _encoded(stage, images, batch_size, mirrored=False):
+    "The latents of all images, or of their mirror images, on the images' device; many have a progress bar."
     from tqdm import tqdm
 
-    starts, training = range(0, len(images), batch_size), stage.training
-    stage.eval()
-    try:
+    starts = range(0, len(images), batch_size)
+    parts = []
+    with evaluating(stage):
         for i in tqdm(starts, desc="encoding", disable=len(images) < 10_000):
             part = images[i : i + batch_size]
-            x = part.x
-            yield [
-                stage.to_latent(way.to(stage.scale.device)).to(part.images.device)
-                for way in (x, x.flip(3))[:ways]
-            ]
-    finally:
-        stage.train(training)
+            x = part.x.flip(3) if mirrored else part.x
+            z = stage.to_latent(x.to(stage.scale.device))
+            parts.append(z.to(part.images.device))
+    return torch.cat(parts)
+
+
+def _latent_set(images, z, flip):
+    "Latents with the labels, classes and attributes of their images, whose mirror images follow with `flip`."
+    labels = images.labels
+    attributes = images.attributes
+    if flip and labels is not None:
+        labels = torch.cat([labels, labels])
+    if flip and attributes is not None:
+        attributes = torch.cat([attributes, attributes])
+    return LatentSet(z, labels, images.classes, attributes)
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-22
 def tensors_hash(tensors):
-    "A hash, 64 hexadecimal digits, of named tensors: names, types, shapes and every bit, wherever they lie and in whatever memory order. SHA-256."
+    """A hash of named tensors, SHA-256, 64 hexadecimal digits: of names, types, shapes and every bit.
+
+    It does not depend on the device or the memory order.
+    """
     digest = hashlib.sha256()
     for name, v in sorted(tensors.items()):
         digest.update(f"{name} {v.dtype} {tuple(v.shape)};".encode())
-        digest.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        data = v.detach().cpu().contiguous().flatten()
+        digest.update(data.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-25
-def cached_latents(path, first_stage, images, flip=False, dtype="float32", batch_size=256):
-    """`encode_all`, kept in the file `path` as `dtype`, float32 or float16, and read from there as long as it was made from these images by this first stage.
+def cached_latents(
+    path,  # of the file, .safetensors
+    first_stage,  # with a scale
+    images,  # an ImageSet
+    flip=False,  # whether those of all mirrored images follow
+    dtype="float32",  # of the numbers in the file: float32 or float16
+    batch_size=256,  # images that are encoded at once
+):
+    """The `LatentSet` of `encode_all`, kept in a file and read from there as long as that was made from
+    the same.
 
-    Made of anything else, it is encoded anew, with a warning that says why. Raises ValueError for another dtype or a file that is no such cache; errors of `encode_all`.
+    Made from other images, by another first stage or with other settings, it is encoded anew, with a
+    warning that says why.
+
+    Raises: ValueError for another dtype, a file that is no such cache, no first stage, one without scale,
+    no images, or images that it does not take.
     """
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype must be float32 or float16, got {dtype!r}")
+    in_file = choice("dtype", dtype, {"float32": torch.float32, "float16": torch.float16})
     check_latent_denoiser(first_stage)
-    made = {
+    origin = {
         "first stage": tensors_hash(first_stage.state_dict()),
         "images": tensors_hash({"images": images.images}),
         "flip": flip,
         "dtype": dtype,
     }
-    z = _read(path, made)
+    z = _read(path, origin)
     if z is None:
         latents = encode_all(first_stage, images, flip, batch_size)
-        z = latents.x.to(getattr(torch, dtype))
-        save_tensors(path, {"x": z}, {"latents": made})
-    return _known_of(images, z.to(images.images.device).float(), flip)
+        z = latents.x.to(in_file)
+        save_tensors(path, {"x": z}, {"latents": origin})
+    z = z.to(images.images.device).float()
+    return _latent_set(images, z, flip)
 
 
-def _read(path, made):
-    "The latents in a file if they are `made` of the same, None if there is no file or, with a warning, if they are not."
+def _read(path, origin):
+    "The latents in a file of this `origin`; None if there is no file or, with a warning, another origin."
     if not Path(path).is_file():
         return None
     tensors, info = load_tensors(path)
     if "latents" not in info:
         raise ValueError(f"{path} holds no latents; give the cache a file of its own")
-    if other := [k for k, v in made.items() if info["latents"].get(k) != v]:
+    found = info["latents"]
+    other = [name for name, value in origin.items() if found.get(name) != value]
+    if other:
         warnings.warn(
             f"the latents in {path} were made with another {' and '.join(other)}; they are encoded anew",
             stacklevel=3,
         )
-    return None if other else tensors["x"]
+        return None
+    return tensors["x"]
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-28
 @configured
-class LatentDiffusion(DDPM):
-    """A DDPM on the latents of a `first_stage`, which is frozen: `loss` takes latents as `encode_all` makes them, `sample` gives images.
+class LatentDiffusion(Frozen, DDPM):
+    """A DDPM on the latents of a `first_stage`, which is frozen: `loss` takes latents, `sample` gives
+    images.
 
-    Checkpoints hold the first stage and its scale. Arguments as `DDPM`; ValueError for these, what is no first stage, or a denoiser of other grids than its latents.
+    `encode_all` makes the latents. Checkpoints hold the first stage and its scale.
+
+    Raises: ValueError for what is no first stage, a denoiser of other grids than its latents, or settings
+    that a DDPM refuses.
     Source: Rombach et al. 2022, equation 2 and section 3.
     """
 
     discrete = False  # latents are real numbers, not 8-bit pixels
+    frozen = ("first_stage",)
 
-    def __init__(self, first_stage, denoiser, process, weight="simple", times="uniform", label_drop=0.0):
+    def __init__(
+        self,
+        first_stage,  # the autoencoder, with a scale
+        denoiser,  # the network, for grids of the latents' shape
+        process,  # the Diffusion that it reverses
+        weight="simple",  # of the loss: simple, min_snr or p2
+        times="uniform",  # how t is drawn in training: uniform, or by importance (`ImportantTimes`)
+        label_drop=0.0,  # the share of samples that are trained without their label, for guidance
+    ):
         check_latent_denoiser(first_stage, denoiser)
         super().__init__(denoiser, process, weight, times, label_drop)
-        self.first_stage, self.scaled = first_stage.requires_grad_(False).eval(), False
-
-    def train(self, mode=True):
-        "Training mode for all but the first stage."
-        super().train(mode).first_stage.eval()
-        return self
+        self.first_stage = first_stage.requires_grad_(False).eval()
+        self.scaled = False  # whether the scale is known to be there
 
     def loss(self, batch):
-        "As `DDPM.loss`, of a batch of latents. ValueError for pixels, and for a first stage whose scale was never computed."
+        """`{'loss': scalar}` of a batch of latents, as a DDPM has it for images.
+
+        Raises: ValueError for pixels, and for a first stage whose scale was never computed.
+        """
         if tuple(batch.x.shape[1:]) != tuple(self.first_stage.latent_shape):
-            shape, got = ", ".join(map(str, self.first_stage.latent_shape)), tuple(batch.x.shape)
+            shape = ", ".join(map(str, self.first_stage.latent_shape))
             raise ValueError(
-                f"this model learns on latents of (B, {shape}), got {got}; encode images first: encode_all(model.first_stage, images)"
+                f"this model learns on latents of (B, {shape}), got {tuple(batch.x.shape)}; "
+                "encode images first: encode_all(model.first_stage, images)"
             )
-        self.scaled = self.scaled or bool(
+        if not self.scaled:  # looked at once: on a GPU each look would wait for the device
             known_scale(self.first_stage)
-        )  # one look: on a GPU each would wait for the device
+            self.scaled = True
         return super().loss(batch)
 
-    def steps(self, n, clip=False, **how):
-        "As `DDPM.steps`, in latents, which have no range to `clip` to; ValueError also where first stage and denoiser do not fit, or there is no scale."
+    def steps(self, n, clip=False, **walk):
+        """The reverse process of `n` samples in latents, which have no range to `clip` to: a generator of
+        `Step`s.
+
+        The other keywords are those of `DDPM.steps`.
+
+        Raises: ValueError, in the call itself, where first stage and denoiser do not fit, there is no
+        scale, or a keyword is out of range.
+        """
         check_latent_denoiser(self.first_stage, self.denoiser)
         known_scale(self.first_stage)
-        return super().steps(n, clip=clip, **how)
+        return super().steps(n, clip=clip, **walk)
 
     @torch.no_grad()
     def view(self, z):
         "Latents `(n, c, h, w)`, of any step of a walk, decoded: images in [-1, 1]."
-        return torch.cat([self.first_stage.from_latent(part) for part in z.split(64)]).clamp(-1, 1)
+        return map_batches(self.first_stage.from_latent, z, batch_size=64).clamp(-1, 1)

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ..core.devices import pick_device
-from ..core.pixels import to_float, to_uint8
+from ..core.pixels import draw_gaussian, map_batches, to_float, to_uint8
 from .features import extract_features
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-06
 class PassThrough(nn.Module):
-    "Passes on features `(N, d)` as they are: what torchmetrics' classes are given in place of a network."
+    "Returns features `(N, d)` unchanged; torchmetrics' classes are given this in place of a network."
 
     def __init__(self, num_features):
         super().__init__()
@@ -29,179 +29,269 @@ class PassThrough(nn.Module):
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-07
 def _metric(make, updates, seed=0):
-    "What a torchmetrics class computes after `updates`, with its random draws from `seed` and the global random state left alone."
+    """What a torchmetrics object, which `make` returns, computes after `updates`: arguments of its `update`.
+
+    Its random draws come from `seed`; the global random state is left alone.
+    """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # it warns of the features' memory, and of the deviation over one split
+        # It warns of the features' memory, and of the deviation over one split.
+        warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)
         metric = make()
         for update in updates:
             metric.update(*update)
         return metric.compute()
 
+
+def _real_and_fake(real, fake):
+    "The updates of FID and KID: features, and whether they are of real images."
+    return [(real.double(), True), (fake.double(), False)]
+
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-08
 def fid(real, fake):
-    "Fréchet distance of the Gaussians with the moments of features `(N, d)` and `(M, d)`, in float64. Source: Heusel et al. 2017, equation 6."
+    """Squared Fréchet distance of the Gaussians with the moments of features `(N, d)` and `(M, d)`.
+
+    Source: Heusel et al. 2017, equation 6.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    return float(
-        _metric(
-            lambda: FrechetInceptionDistance(PassThrough(real.shape[1])),
-            [(real.double(), True), (fake.double(), False)],
-        )
-    )
+    def make():
+        return FrechetInceptionDistance(PassThrough(real.shape[1]))
+
+    return float(_metric(make, _real_and_fake(real, fake)))
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-11
 def inception_score(logits, splits=1, seed=0):
-    "exp E KL(p(y|x) ‖ p(y)) of logits `(N, k)`, in [1, k]: (mean, deviation) over `splits` shuffled parts. Source: Salimans et al. 2016, section 4."
+    """exp E KL(p(y|x) ‖ p(y)) of logits `(N, k)`, between 1 and k: (mean, deviation) over shuffled parts.
+
+    `splits` is the number of parts; the standard deviation of one part is 0.
+    Source: Salimans et al. 2016, section 4.
+    """
     from torchmetrics.image.inception import InceptionScore
 
-    mean, deviation = _metric(
-        lambda: InceptionScore(PassThrough(logits.shape[1]), splits), [(logits.double(),)], seed
-    )
-    return float(mean), float(deviation) if splits > 1 else 0.0
+    def make():
+        return InceptionScore(PassThrough(logits.shape[1]), splits)
+
+    mean, deviation = _metric(make, [(logits.double(),)], seed)
+    if splits == 1:
+        return float(mean), 0.0
+    return float(mean), float(deviation)
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-14
-def kid(real, fake, subsets=20, size=1000, seed=0):
-    """Squared maximum mean discrepancy of features under the kernel (x·y / d + 1)³, mean over random subsets of `size`, or of all there are.
+def kid(
+    real,  # features (N, d)
+    fake,  # features (M, d)
+    subsets=20,  # random subsets, over which the mean is taken
+    size=1000,  # rows of each side in a subset; all there are, where there are fewer
+    seed=0,  # of the subsets
+):
+    """Squared maximum mean discrepancy of features under the kernel (x·y / d + 1)³.
 
     Unbiased at every n, so that it may come out below 0. Source: Bińkowski et al. 2018, section 4.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    size, given = min(size, len(real), len(fake)), PassThrough(real.shape[1])
-    updates = [(real.double(), True), (fake.double(), False)]
-    return float(
-        _metric(lambda: KernelInceptionDistance(given, subsets=subsets, subset_size=size), updates, seed)[0]
-    )
+    size = min(size, len(real), len(fake))
+
+    def make():
+        return KernelInceptionDistance(PassThrough(real.shape[1]), subsets=subsets, subset_size=size)
+
+    mean, _ = _metric(make, _real_and_fake(real, fake), seed)
+    return float(mean)
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-18
 def kth_distance(points, others, k, block=512):
-    "The distance from each of `points` `(N, d)` to its k-th nearest of `others` `(M, d)`: `(N,)`. Needs memory for `block` × M numbers."
-    return torch.cat([torch.cdist(p, others).kthvalue(k, dim=1).values for p in points.split(block)])
+    """The distance from each of `points` `(N, d)` to its k-th nearest of `others` `(M, d)`: `(N,)`.
+
+    Needs memory for `block` × M numbers.
+    """
+
+    def of_block(rows):
+        return torch.cdist(rows, others).kthvalue(k, dim=1).values
+
+    return map_batches(of_block, points, batch_size=block)
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-19
 def share_inside(points, centres, radii, block=512):
-    "The share of `points` `(N, d)` that lie in at least one ball around `centres` `(M, d)` with `radii` `(M,)`."
-    inside = [(torch.cdist(p, centres) <= radii).any(dim=1) for p in points.split(block)]
-    return float(torch.cat(inside).double().mean())
+    """The share of `points` `(N, d)` in a ball around some of `centres` `(M, d)`; the radii are `(M,)`.
+
+    Needs memory for `block` × M numbers.
+    """
+
+    def of_block(rows):
+        return (torch.cdist(rows, centres) <= radii).any(dim=1)
+
+    inside = map_batches(of_block, points, batch_size=block)
+    return float(inside.double().mean())
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-20
 def precision_recall(real, fake, k=3, device="auto"):
-    """(precision, recall) of features: the share of fake ones in the real ones' balls, which reach to the k-th neighbour, and the reverse.
+    """(precision, recall) of samples' features, `fake` `(M, d)`, against those of real images, `(N, d)`.
 
-    Source: Kynkäänniemi et al. 2019, equations 1 and 2. Raises ValueError unless both have more than k rows.
+    Precision is the share of samples in the balls of the real images, which reach to their k-th neighbour.
+    Recall is the share of real images in the balls of the samples.
+    Raises: ValueError unless both have more than k rows.
+    Source: Kynkäänniemi et al. 2019, equations 1 and 2.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(
-            f"balls that reach to neighbour {k} need more than {k} images, got {len(real)} real and {len(fake)} fake"
+            f"balls that reach to neighbour {k} need more than {k} images, "
+            f"got {len(real)} real and {len(fake)} fake"
         )
-    centre = real.double().mean(0)  # distances lose no digits to a large common offset
-    real, fake = ((f.double() - centre).float().to(pick_device(device)) for f in (real, fake))
-    real_radii, fake_radii = (
-        kth_distance(f, f, k + 1) for f in (real, fake)
-    )  # the nearest of all is the point itself
-    return share_inside(fake, real, real_radii), share_inside(real, fake, fake_radii)
+    device = pick_device(device)
+    centre = real.double().mean(0)  # without a large common offset, distances in float32 lose no digits
+    real = (real.double() - centre).float().to(device)
+    fake = (fake.double() - centre).float().to(device)
+    # The nearest of all points is the point itself, so its k-th neighbour is number k + 1.
+    real_radii = kth_distance(real, real, k + 1)
+    fake_radii = kth_distance(fake, fake, k + 1)
+    precision = share_inside(fake, real, real_radii)
+    recall = share_inside(real, fake, fake_radii)
+    return precision, recall
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-28
-fewest_images = 8  # images; below this, the numbers say nothing at all
+fewest_images = 8  # images on each side that `evaluate` asks for; with fewer, the numbers say nothing at all
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-29
 def evaluate(
-    real, fake, features="digits", splits=1, k=3, seed=0, kid_subsets=20, batch_size=256, device="auto"
+    real,  # uint8 images (N, C, H, W), or what `extract_features` returned for them, to do it once only
+    fake,  # uint8 images (M, C, H, W) to compare with them, in any order, or what it returned for these
+    features="digits",  # a name or a module that `load_features` takes
+    splits=1,  # parts for the Inception Score; with more than one, their deviation is returned as well
+    k=3,  # the neighbour to which the balls of precision and recall reach
+    seed=0,  # of the shuffled splits and of KID's subsets
+    kid_subsets=20,  # random subsets of up to 1,000 images, over which KID is averaged
+    batch_size=256,  # images that the network sees at once
+    device="auto",  # where the network and the distances are computed
 ):
-    """FID, Inception Score, KID, precision and recall of uint8 images `fake` `(N, C, H, W)` against `real`, with `n` and `n_real`.
+    """FID, Inception Score, KID, precision and recall of samples as a dict, with the sizes `n` and `n_real`.
 
-    `features` as in `load_features`; `real` may also be the pair that `extract_features` made of it, to compute it once. All images are used, in
-    any order. Raises ValueError for floats and for fewer than `fewest_images` images; warns when n is below the number of features.
+    It warns when n is not above the number of features.
+    Raises: ValueError for images of floats, and for fewer than `fewest_images` on either side.
     """
-    seen = [
-        s if isinstance(s, tuple) else extract_features(s, features, batch_size, device) for s in (real, fake)
-    ]
-    (r, _), (f, logits) = seen
-    if min(len(r), len(f)) < fewest_images:
+
+    def extracted(images):
+        if isinstance(images, tuple):
+            return images
+        return extract_features(images, features, batch_size, device)
+
+    real_features, _ = extracted(real)
+    fake_features, logits = extracted(fake)
+    fewer = min(len(real_features), len(fake_features))
+    dimensions = real_features.shape[1]
+    if fewer < fewest_images:
         raise ValueError(
-            f"at least {fewest_images} images are needed on both sides, got {len(r)} real and {len(f)} fake; hundreds make sense"
+            f"at least {fewest_images} images are needed on both sides, "
+            f"got {len(real_features)} real and {len(fake_features)} fake; hundreds make sense"
         )
-    if min(len(r), len(f)) <= r.shape[1]:
+    if fewer <= dimensions:
         warnings.warn(
-            f"{min(len(r), len(f))} images for {r.shape[1]} features: the FID is mostly its bias",
+            f"{fewer} images for {dimensions} features: the FID is mostly its bias",
             stacklevel=2,
         )
     score, deviation = inception_score(logits, splits, seed)
-    precision, recall = precision_recall(r, f, k, device)
-    return {
-        "fid": fid(r, f),
-        "inception_score": score,
-        **({"inception_score_std": deviation} if splits > 1 else {}),
-        "kid": kid(r, f, kid_subsets, seed=seed),
-        "precision": precision,
-        "recall": recall,
-        "n": len(f),
-        "n_real": len(r),
-    }
+    precision, recall = precision_recall(real_features, fake_features, k, device)
+    found = {"fid": fid(real_features, fake_features), "inception_score": score}
+    if splits > 1:
+        found["inception_score_std"] = deviation
+    found["kid"] = kid(real_features, fake_features, kid_subsets, seed=seed)
+    found["precision"] = precision
+    found["recall"] = recall
+    found["n"] = len(fake_features)
+    found["n_real"] = len(real_features)
+    return found
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-33
 def reconstruction(images, reconstructed):
-    """`mse`, `psnr` (dB) and `ssim` of uint8 images `(N, C, H, W)` and their reconstructions, means over images, with bytes as numbers in [0, 1].
+    """`mse`, `psnr` (dB) and `ssim` of uint8 images `(N, C, H, W)` and reconstructions, means over images.
 
-    Raises ValueError for floats, or shapes that differ. A perfect reconstruction has infinite PSNR. Source of SSIM: Wang et al. 2004, equation 13.
+    Bytes count as numbers in [0, 1]. A perfect reconstruction has infinite PSNR.
+    Raises: ValueError for floats, and for shapes that differ.
+    Source of SSIM: Wang et al. 2004, equation 13.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    if (
-        images.dtype != torch.uint8
-        or reconstructed.dtype != torch.uint8
-        or images.shape != reconstructed.shape
-    ):
+    both_uint8 = images.dtype == reconstructed.dtype == torch.uint8
+    if not both_uint8 or images.shape != reconstructed.shape:
         raise ValueError(
-            f"two uint8 sets of one shape are needed, got {images.dtype} {tuple(images.shape)} and {reconstructed.dtype} {tuple(reconstructed.shape)}"
+            f"two uint8 sets of one shape are needed, got {images.dtype} {tuple(images.shape)} "
+            f"and {reconstructed.dtype} {tuple(reconstructed.shape)}"
         )
-    x, y = images.cpu().float() / 255, reconstructed.cpu().float() / 255
+    x = images.cpu().float() / 255
+    y = reconstructed.cpu().float() / 255
+    mse = (x - y).square().mean()
     psnr = peak_signal_noise_ratio(y, x, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
     ssim = structural_similarity_index_measure(y, x, data_range=1.0)
-    return {"mse": float((x - y).square().mean()), "psnr": float(psnr), "ssim": float(ssim)}
+    return {"mse": float(mse), "psnr": float(psnr), "ssim": float(ssim)}
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-36
 def _moments(images, block=2048):
-    "Mean `(d,)` and covariance `(d, d)` of the pixels in [-1, 1] of uint8 images, in float64, without a second copy of them all."
-    parts = [p.cpu().flatten(1) for p in images.split(block)]
-    mean = sum(to_float(p).double().sum(0) for p in parts) / len(images)
-    return mean, sum((c := to_float(p).double() - mean).T @ c for p in parts) / (len(images) - 1)
+    """Mean `(d,)` and covariance `(d, d)` of the pixels in [-1, 1] of uint8 images, in float64.
+
+    The floats of `block` images are held at a time, not those of all.
+    """
+
+    def pixels(part):
+        return to_float(part.cpu().flatten(1)).double()
+
+    total = 0
+    for part in images.split(block):
+        total = total + pixels(part).sum(0)
+    mean = total / len(images)
+
+    squares = 0
+    for part in images.split(block):
+        centred = pixels(part) - mean
+        squares = squares + centred.T @ centred
+    return mean, squares / (len(images) - 1)
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-37
 def gaussian_baseline(images, n, seed=0):
-    "G: `n` uint8 images from the Gaussian with the mean and the full covariance of the pixels of uint8 `images` `(N, C, H, W)`, drawn by `seed`."
+    """G: `n` uint8 images from the Gaussian with the mean and the full covariance of the pixels of `images`.
+
+    These are uint8 `(N, C, H, W)`. `seed` is that of the draw.
+    """
     mean, covariance = _moments(images)
-    values, vectors = torch.linalg.eigh(
-        covariance
-    )  # not Cholesky: pixels that never change make the covariance singular
-    z = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return to_uint8((mean + z * values.clamp(min=0).sqrt() @ vectors.T).reshape(n, *images.shape[1:]))
+    pixels = draw_gaussian(mean, covariance, n, torch.Generator().manual_seed(seed))
+    return to_uint8(pixels.reshape(n, *images.shape[1:]))
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-40
-def floors(train, test, features="digits", seed=0, **how):
-    """How good a perfect model could look: `evaluate` of a bootstrap resample of uint8 `train`, and of `test`, against `train`.
+def floors(
+    train,  # uint8 images (N, C, H, W) of the training split
+    test,  # uint8 images (M, C, H, W) of the test split
+    features="digits",  # a name or a module that `load_features` takes
+    seed=0,  # of the resample, and for `evaluate`
+    **arguments,  # further arguments of `evaluate`
+):
+    """How good a perfect model could look: `evaluate` of a bootstrap resample of `train`, and of `test`.
 
-    `{"bootstrap": {…}, "test": {…, "note": …}}`; `how` goes to `evaluate`. The note says that the test split's own n biases its FID.
+    Both are compared with `train`: `{"bootstrap": {…}, "test": {…, "note": …}}`. The note says that the FID
+    of the test split is biased by its own n.
     """
+    real = extract_features(train, features, device=arguments.get("device", "auto"))
+    real_features, real_logits = real
     rows = torch.randint(len(train), (len(train),), generator=torch.Generator().manual_seed(seed))
-    seen = extract_features(train, features, device=how.get("device", "auto"))
-    bootstrap = evaluate(seen, (seen[0][rows], seen[1][rows]), features, seed=seed, **how)
-    note = (
+    resample = (real_features[rows], real_logits[rows])
+    of_bootstrap = evaluate(real, resample, features, seed=seed, **arguments)
+    of_test = evaluate(real, test, features, seed=seed, **arguments)
+    of_test["note"] = (
         f"n = {len(test):,}, not {len(train):,}: FID falls with n, so compare it with samples at this n only"
     )
-    return {
-        "bootstrap": bootstrap,
-        "test": {**evaluate(seen, test, features, seed=seed, **how), "note": note},
-    }
+    return {"bootstrap": of_bootstrap, "test": of_test}
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-45
 def memorised_share(samples, train, test, device="auto"):
-    """The share of uint8 `samples` whose nearest image of `train` is closer, in pixels' L2, than that of any image of `test`: copies.
+    """The share of uint8 `samples` that are closer to an image of `train` than any of `test` is, in [0, 1].
 
-    A test image that is in the training split as well makes this 0, whatever the samples are.
+    Distances are those of pixels, in L2. A test image that is in the training split as well makes the share
+    0, whatever the samples are.
     """
-    samples, train, test = (to_float(s.flatten(1).to(pick_device(device))) for s in (samples, train, test))
-    return float((kth_distance(samples, train, 1) < kth_distance(test, train, 1).min()).double().mean())
+    device = pick_device(device)
+
+    def pixels(images):
+        return to_float(images.flatten(1).to(device))
+
+    train = pixels(train)
+    distances = kth_distance(pixels(samples), train, 1)
+    closest_test_image = kth_distance(pixels(test), train, 1).min()
+    return float((distances < closest_test_image).double().mean())

@@ -224,7 +224,7 @@ def direction(
 
 # %% ../../nbs/5_hybrid/03_control.ipynb #control-30
 def curve_of(
-    codes,  # (N, d)
+    codes,  # of labelled images, (N, d)
     values,  # attributes of their images, (N, A)
     hidden=128,  # width of the network
     steps=1000,  # of Adam, with batches of 128

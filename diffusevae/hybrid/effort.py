@@ -180,9 +180,9 @@ class Effort:
             )
 
     def buckets(self, system, x_hat, z=None, seeds=None):
-        """The bucket of each x̂ `(B, C, H, W)`, int64 `(B,)`, 0 the most certain, and what it cost to find out.
+        """The bucket of each x̂ `(B, C, H, W)`, int64 `(B,)`, 0 the most certain, and what it cost.
 
-        The cost is in network evaluations: none where there is one bucket.
+        The cost of finding out is in network evaluations: none where there is one bucket.
         """
         if not self.edges:
             return torch.zeros(len(x_hat), dtype=torch.int64, device=x_hat.device), 0
@@ -191,9 +191,10 @@ class Effort:
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-21
 def _cheapest(rows, tried, tolerance):
-    """Which of the settings `tried` is the cheapest within `tolerance` for the samples `rows`, and how it did.
+    """The index of the cheapest setting within `tolerance` for the samples `rows`, and how it did.
 
-    Each is a pair of distances and evaluations, `(B,)`. The first one is the full walk, at distance 0.
+    Each of `tried` is a pair of distances and evaluations, `(B,)`; the first one is the full walk's, at
+    distance 0.
     """
     within = []
     for i, (distances, calls) in enumerate(tried):

@@ -12,7 +12,9 @@ FORKED = {"name": "forked", "display_name": "Python 3, forked", "language": "pyt
 
 @contextmanager
 def jupyterlab(home):
-    "JupyterLab on `home`/nbs with the settings of `home`/settings while the block lasts: its address. A notebook with the kernelspec FORKED has a forked kernel."
+    """JupyterLab on `home`/nbs with the settings of `home`/settings while the block lasts: its address. A
+    notebook with the kernelspec FORKED has a forked kernel.
+    """
     with open(home / "lab.log", "w") as log, socket.create_server((HERE, 0)) as free:
         port = free.getsockname()[1]
         free.close()

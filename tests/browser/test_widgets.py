@@ -1,4 +1,6 @@
-"""Every widget of the notebooks in the real thing: JupyterLab in a browser runs the notebook, a mouse drags the slider, and another picture comes within a second."""
+"""Every widget of the notebooks in the real thing: JupyterLab in a browser runs the notebook, a mouse drags
+the slider, and another picture comes within a second.
+"""
 
 import json
 import re
@@ -56,7 +58,9 @@ def test_the_promised_widgets_are_there():
 
 
 def copy_to_the_last_widget(path, copy):
-    "Without the cells after it, which no widget needs and the tests of the notebooks run; for a kernel that is there at once."
+    """Without the cells after it, which no widget needs and the tests of the notebooks run; for a kernel
+    that is there at once.
+    """
     notebook = read(path)
     notebook["metadata"]["kernelspec"] = FORKED
     while not widgets_of(notebook["cells"][-1]):
@@ -86,9 +90,8 @@ def browser():
         try:
             chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
         except playwright.Error as e:
-            pytest.skip(
-                f"no browser: install chromium, or say `playwright install chromium` ({str(e).splitlines()[0]})"
-            )
+            reason = str(e).splitlines()[0]
+            pytest.skip(f"no browser: install chromium, or say `playwright install chromium` ({reason})")
         yield chromium
         chromium.close()
 
@@ -101,14 +104,27 @@ RUN = """async ([path, seconds]) => {
         await notebook.sessionContext.session.kernel.info;
         await jupyterapp.commands.execute('notebook:run-all-cells');
     };
-    await Promise.race([run(), new Promise((_, no) => setTimeout(() => no(Error(`not run within ${seconds} s`)), 1000 * seconds))]);
+    const late = new Promise((_, no) => {
+        setTimeout(() => no(Error(`not run within ${seconds} s`)), 1000 * seconds);
+    });
+    await Promise.race([run(), late]);
 }"""
-SHUT = "async () => { const notebook = jupyterapp.shell.currentWidget; await notebook.sessionContext.shutdown(); notebook.dispose(); }"
+SHUT = """async () => {
+    const notebook = jupyterapp.shell.currentWidget;
+    await notebook.sessionContext.shutdown();
+    notebook.dispose();
+}"""
+READY = """async () => {
+    await jupyterapp.restored;
+    await jupyterapp.serviceManager.sessions.shutdownAll();
+}"""
 
 
 @pytest.fixture(scope="module")
 def run(lab, browser):
-    "A context in which a notebook has run in a kernel of its own, and the page that shows it: one for all notebooks, and another after each failure."
+    """A context in which a notebook has run in a kernel of its own, and the page that shows it: one for all
+    notebooks, and another after each failure.
+    """
     page = None
 
     @contextmanager
@@ -119,9 +135,7 @@ def run(lab, browser):
             new.set_default_timeout(60_000)
             new.goto(f"{lab}/lab?reset")
             new.wait_for_function("() => window.jupyterapp")
-            new.evaluate(
-                "async () => { await jupyterapp.restored; await jupyterapp.serviceManager.sessions.shutdownAll(); }"
-            )
+            new.evaluate(READY)
             page = new
         try:
             page.evaluate(RUN, [str(path.relative_to(NBS)), 240])
@@ -135,8 +149,13 @@ def run(lab, browser):
     return run
 
 
-PIXELS = """image => { const c = document.createElement('canvas'); c.width = image.naturalWidth; c.height = image.naturalHeight;
-    c.getContext('2d').drawImage(image, 0, 0); return c.width * c.height ? c.toDataURL() : ''; }"""
+PIXELS = """image => {
+    const c = document.createElement('canvas');
+    c.width = image.naturalWidth;
+    c.height = image.naturalHeight;
+    c.getContext('2d').drawImage(image, 0, 0);
+    return c.width * c.height ? c.toDataURL() : '';
+}"""
 BOX = ".widget-vbox:has(> img.widget-image), .widget-vbox:has(> .widget-image)"
 
 

@@ -3,8 +3,8 @@
 Every failure names the place.
 
 How things are counted: words are what stands between blanks in Markdown cells. Assertions are `assert`
-statements and calls of `test_*` helpers in cells that are not exported. No rule counts the lines of a function,
-a class or a module, or the cells of a lesson.
+statements and calls of `test_*` helpers in cells that are not exported. No rule counts the lines of a
+function, a class or a module, or the cells of a lesson.
 """
 
 import ast

@@ -1,7 +1,9 @@
-"""Schedules, process and samplers against diffusers, form 2 against its published equations, and schedules against checkpoints.
+"""Schedules, process and samplers against diffusers, form 2 against its published equations, and schedules
+against checkpoints.
 
-Formulas are compared in float64 with diffusers' `alphas_cumprod` replaced by ours, so that only the algebra is on trial; what its own
-float32 table costs is measured apart, with the tolerance that it needs. Errors are relative, in the norm over a batch.
+Formulas are compared in float64 with diffusers' `alphas_cumprod` replaced by ours, so that only the algebra
+is on trial; what its own float32 table costs is measured apart, with the tolerance that it needs. Errors
+are relative, in the norm over a batch.
 """
 
 import math
@@ -60,7 +62,9 @@ def error(ours, theirs):
 
 
 def their(kind, process, clip=True, exact=True, **settings):
-    "diffusers' scheduler for the same process; `exact` gives it our float64 products in place of its own in float32."
+    """diffusers' scheduler for the same process; `exact` gives it our float64 products in place of its own
+    in float32.
+    """
     betas, prediction = process.schedule.betas.tolist(), THEIR_NAMES[process.predict]
     scheduler = kind(
         num_train_timesteps=process.T,
@@ -90,7 +94,8 @@ def their(kind, process, clip=True, exact=True, **settings):
 def test_betas(name, theirs, ends, steps):
     """The discretisation is the same, the rounding is not: theirs is float32.
 
-    Measured: betas within 3e-7; products within 1.4e-5, worst after the cosine's capped beta, where 1 - 0.999 loses digits.
+    Measured: betas within 3e-7; products within 1.4e-5, worst after the cosine's capped beta, where 1 -
+    0.999 loses digits.
     """
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=steps, beta_schedule=theirs, **ends)
     ours = schedules.make_betas(name, steps)
@@ -101,9 +106,11 @@ def test_betas(name, theirs, ends, steps):
 @pytest.mark.parametrize("name", list(schedules.schedules_by_name))
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_zero_terminal_snr(name, steps):
-    """The same algorithm: in float64 with their function, and with what float32 leaves of it in their scheduler.
+    """The same algorithm: in float64 with their function, and with what float32 leaves of it in their
+    scheduler.
 
-    Measured at T = 1000: 5e-12 for each beta in float64; 7e-6 in the norm in float32, where single small betas lose up to 4e-3 to cancellation.
+    Measured at T = 1000: 5e-12 for each beta in float64; 7e-6 in the norm in float32, where single small
+    betas lose up to 4e-3 to cancellation.
     """
     betas = schedules.make_betas(name, steps)
     ours = zero_terminal_snr(betas)
@@ -159,7 +166,10 @@ def test_noising_and_velocity(name):
 @every_prediction
 @every_schedule
 def test_predicted_x0(predict, name):
-    "What follows from an output, at every t. Where there is no signal, diffusers divides by 0 for eps, and we refuse."
+    """What follows from an output, at every t.
+
+    Where there is no signal, diffusers divides by 0 for eps, and we refuse.
+    """
     schedule, x_t, out = schedule_called(name), randn(5, (T, 1, 2, 2)), randn(6, (T, 1, 2, 2))
     process = Diffusion(schedule, "v" if (predict, name) == ("eps", "rescaled") else predict)
     peer, t = their(diffusers.DDPMScheduler, process, clip=False), torch.arange(T)
@@ -177,7 +187,9 @@ def test_predicted_x0(predict, name):
 
 
 def posterior_gap(process, steps, monkeypatch):
-    "How far mean and variance are from diffusers' at every step of a walk, from all its x_t at once; without noise, their step is the mean."
+    """How far mean and variance are from diffusers' at every step of a walk, from all its x_t at once;
+    without noise, their step is the mean.
+    """
     monkeypatch.setattr(
         scheduling_ddpm, "randn_tensor", lambda shape, **_: torch.zeros(shape, dtype=torch.float64)
     )
@@ -208,8 +220,9 @@ def test_posterior(name, variance, steps, monkeypatch):
 def learned_gap(process, steps, dtype=torch.float64):
     """How far the learned variance is from diffusers', at every step of a walk but its last, as a ratio.
 
-    There the posterior's variance is 0: for its logarithm they take 1e-20, we the variance of the step from t = 1 to 0, as the published code does.
-    Neither adds noise at that step; in the variational bound it is the width of the decoder, and 1e-20 would make that meaningless.
+    There the posterior's variance is 0: for its logarithm they take 1e-20, we the variance of the step from
+    t = 1 to 0, as the published code does. Neither adds noise at that step; in the variational bound it is
+    the width of the decoder, and 1e-20 would make that meaningless.
     """
     peer = their(diffusers.DDPMScheduler, process, variance_type="learned_range")
     peer.set_timesteps(steps)
@@ -339,7 +352,9 @@ def double_noise():
 
 
 def visiting(kind, process, times, **settings):
-    "diffusers' scheduler on the levels of `times` alone, so that its t - T // steps is their neighbour whatever the spacing."
+    """diffusers' scheduler on the levels of `times` alone, so that its t - T // steps is their neighbour
+    whatever the spacing.
+    """
     peer = their(kind, process, **settings)
     peer.register_to_config(num_train_timesteps=len(times))
     peer.alphas_cumprod = process.schedule.abar[times[::-1]].clone()
@@ -382,7 +397,9 @@ def test_ddpm_spacings(spacing, monkeypatch):
 @clip_or_not
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim(predict, name, clip, eta):
-    "With `use_clipped_model_output`, diffusers computes eps anew from the clipped x0; our sampler always does."
+    """With `use_clipped_model_output`, diffusers computes eps anew from the clipped x0; our sampler always
+    does.
+    """
     process = Diffusion(Schedule(schedules.make_betas(name, T)), predict)
     steps, net, x_T = ours(samplers.ddim, process, clip, eta=eta)
     peer = their(diffusers.DDIMScheduler, process, clip)
@@ -405,8 +422,9 @@ def test_ddim(predict, name, clip, eta):
 def test_ddim_spacings(spacing, eta):
     """The same times, and the same steps between them.
 
-    diffusers always steps down by T // steps, which is not where its own `linspace` goes next; on a table of the visited levels alone it is.
-    It has neither `quad` nor `logsnr`, so there the times are ours alone.
+    diffusers always steps down by T // steps, which is not where its own `linspace` goes next; on a table
+    of the visited levels alone it is. It has neither `quad` nor `logsnr`, so there the times are ours
+    alone.
     """
     process = Diffusion(Schedule(schedules.cosine()), "v")
     steps, net, x_T = ours(samplers.ddim, process, True, spacing=spacing, eta=eta)
@@ -436,8 +454,8 @@ def test_ddim_spacings(spacing, eta):
 def test_ddim_as_installed(name, predict, dtype):
     """With diffusers' own float32 table, and with float32 images too.
 
-    Measured: 2.2e-5 where x0 is predicted on the cosine schedule (its eps is divided by √(1 - abar), which that table rounds at small t),
-    below 1e-5 elsewhere.
+    Measured: 2.2e-5 where x0 is predicted on the cosine schedule (its eps is divided by √(1 - abar), which
+    that table rounds at small t), below 1e-5 elsewhere.
     """
     close = 5e-5 if (predict, name) == ("x0", "cosine") else CLOSE
     process = Diffusion(Schedule(schedules.make_betas(name, T)), predict)
@@ -478,7 +496,8 @@ def multistep(process, times, clip=False):
 @pytest.mark.parametrize("spacing", samplers.spacings)
 @pytest.mark.parametrize("clip", [False, 0.9], ids=["free", "dynamic"])
 def test_dpm_solver(predict, name, spacing, clip, monkeypatch):
-    """Over 20 steps, on our times; of its own spacings only `trailing` is ours (`leading` and `linspace` there leave out t = 0).
+    """Over 20 steps, on our times; of its own spacings only `trailing` is ours (`leading` and `linspace`
+    there leave out t = 0).
 
     Its step goes through float32, which is taken out of the comparison.
     """
@@ -518,7 +537,9 @@ def test_dpm_solver_as_installed(predict):
 
 
 def sigma_heun(net, process, x_T, **walk):
-    "Heun's method in σ = tan φ, as published and as diffusers has it: our own by the factor cos φ_prev / cos φ in its correction."
+    """Heun's method in σ = tan φ, as published and as diffusers has it: our own by the factor cos φ_prev /
+    cos φ in its correction.
+    """
 
     def update(now, t_prev):
         eps = process.eps_from_x0(now.x0, now.x, now.t)
@@ -552,9 +573,11 @@ def their_heun(process, net, x, times, clip):
 @every_prediction
 @clip_or_not
 def test_heun(predict, clip):
-    """diffusers' Heun takes the same times and calls, in another variable: with its variable, our walk is its walk.
+    """diffusers' Heun takes the same times and calls, in another variable: with its variable, our walk is
+    its walk.
 
-    Ours is as exact where steps are small (the two differ by a third-order term), and is not thrown off by a first step from no signal at all.
+    Ours is as exact where steps are small (the two differ by a third-order term), and is not thrown off by
+    a first step from no signal at all.
     """
     process = Diffusion(Schedule(schedules.linear()), predict)
     steps, net, x_T = ours(sigma_heun, process, clip, spacing="linspace")
@@ -566,7 +589,9 @@ def test_heun(predict, clip):
 
 
 def test_heun_in_the_angle_is_heun():
-    "Against the exact solution, on a mixture: of second order as the published variable is, and whole where that one blows up."
+    """Against the exact solution, on a mixture: of second order as the published variable is, and whole
+    where that one blows up.
+    """
     centres, x_T = (
         torch.tensor([-0.6, 0.1, 0.7]).double().reshape(3, 1, 1, 1),
         torch.linspace(-2, 2, 201).double().reshape(-1, 1, 1, 1),
@@ -574,17 +599,12 @@ def test_heun_in_the_angle_is_heun():
 
     def gaps(rule, betas):
         process = Diffusion(Schedule(betas), "v")
-        walk = lambda rule, n: samplers.final_image(
-            rule(
-                ideal_denoiser(process, centres, 0.2),
-                process,
-                x_T,
-                steps=n,
-                spacing="linspace",
-                clip=False,
-                seeds=None,
-            )
-        )
+        model = ideal_denoiser(process, centres, 0.2)
+
+        def walk(rule, n):
+            steps = rule(model, process, x_T, steps=n, spacing="linspace", clip=False, seeds=None)
+            return samplers.final_image(steps)
+
         exact = walk(samplers.heun, 1000)
         return [float((walk(rule, n) - exact).abs().mean()) for n in (20, 40, 80)]
 
@@ -597,9 +617,11 @@ def test_heun_in_the_angle_is_heun():
 @every_prediction
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddim_inversion(spacing, predict):
-    """diffusers' step takes the network's answer from the caller; given the one that we ask for, the two go up alike.
+    """diffusers' step takes the network's answer from the caller; given the one that we ask for, the two go
+    up alike.
 
-    Its pipelines ask at the upper time, the published inversion at the lower one, as we do (and at the first level where the image is clean).
+    Its pipelines ask at the upper time, the published inversion at the lower one, as we do (and at the
+    first level where the image is clean).
     """
     process = Diffusion(Schedule(schedules.linear()), predict)
     net, x0 = Net(), randn(8)
@@ -620,9 +642,13 @@ def test_ddim_inversion(spacing, predict):
 def wrong_walk(update, process, clip=True, eta=1.0, **walk):
     "A walk by a wrong rule beside diffusers' right one."
     noise = samplers.Noise(SHAPE, SEEDS, stream=1)
-    rule = lambda net, process, x_T, seeds, **how: samplers.reverse_walk(
-        net, process, x_T, lambda now, t_prev: update(now, t_prev, noise()), **how
-    )
+
+    def noisy_update(now, t_prev):
+        return update(now, t_prev, noise())
+
+    def rule(net, process, x_T, seeds, **walk):
+        return samplers.reverse_walk(net, process, x_T, noisy_update, **walk)
+
     steps, net, x_T = ours(rule, process, clip, **walk)
     peer = their(diffusers.DDIMScheduler, process, clip)
     peer.set_timesteps(STEPS)
@@ -632,7 +658,9 @@ def wrong_walk(update, process, clip=True, eta=1.0, **walk):
 
 
 def ddim_update(process, eta=1.0, swapped=False, stale=False):
-    "DDIM's rule with the traps: abar_t and abar_prev swapped in eta's variance; the eps of the prediction before the clip."
+    """DDIM's rule with the traps: abar_t and abar_prev swapped in eta's variance; the eps of the prediction
+    before the clip.
+    """
 
     def update(now, t_prev, noise):
         abar, prev = process.abar(now.t, now.x), process.abar(t_prev, now.x)
@@ -744,7 +772,9 @@ def test_type_and_shape_stay(how, dtype, channels, n, clip):
 
 @every_sampler
 def test_seeds_belong_to_samples(how):
-    "Sample 7 is the same alone and among a hundred; a run repeats itself; one seed for all is one noise for all."
+    """Sample 7 is the same alone and among a hundred; a run repeats itself; one seed for all is one noise
+    for all.
+    """
     sampler, settings = HOW[how]
     process = Diffusion(Schedule(schedules.linear()), "v")
 
@@ -805,10 +835,15 @@ def test_bad_settings_of_single_samplers():
 
 @every_sampler
 def test_no_sampler_waits_for_the_device(how):
-    "`meta` tensors hold no numbers: whatever reads one on the way (`int(t)`, `if x > 0`) fails there, and would make a GPU wait."
+    """`meta` tensors hold no numbers: whatever reads one on the way (`int(t)`, `if x > 0`) fails there, and
+    would make a GPU wait.
+    """
     sampler, settings = HOW[how]
     process = Diffusion(Schedule(schedules.linear(100)), "v", "learned_range").to("meta")
-    net = lambda x, t, cond: torch.cat([x, x], 1)
+
+    def net(x, t, cond):
+        return torch.cat([x, x], 1)
+
     x_T = torch.zeros(2, 1, 4, 4, device="meta")
     for seeds in (None, [1, 2]):
         assert len(list(sampler(net, process, x_T, steps=5, clip=0.9, seeds=seeds, **settings))) == 5
@@ -817,8 +852,13 @@ def test_no_sampler_waits_for_the_device(how):
 
 @pytest.mark.parametrize("name, calls", [("ddpm", 8), ("ddim", 8), ("dpm_solver", 8), ("heun", 15)])
 def test_network_calls(name, calls):
-    asked, process = [], Diffusion(Schedule(schedules.linear(100)), "x0")
-    net = lambda x, t, cond: asked.append(t) or x
+    process = Diffusion(Schedule(schedules.linear(100)), "x0")
+    asked = []
+
+    def net(x, t, cond):
+        asked.append(t)
+        return x
+
     samplers.final_image(samplers.sampler_by_name(name)(net, process, torch.zeros(2, 1, 4, 4), steps=8))
     assert len(asked) == calls and all(
         t.shape == (2,) and t.dtype == torch.float32 and t.is_contiguous() for t in asked
@@ -843,13 +883,17 @@ def test_network_calls_of_an_inversion(corrections):
 
 
 def transition(beta, first):
-    "Published (equation 10): the weights of the state before and of x̂, and the variance, in one step of form 2's chain."
+    """Published (equation 10): the weights of the state before and of x̂, and the variance, in one step of
+    form 2's chain.
+    """
     keep = math.sqrt(1 - beta)
     return keep, 1.0 if first else 1 - keep, beta
 
 
 def composed(betas, start, stop):
-    "The steps `start` … `stop` - 1 of the chain in one: weights of the state before them and of x̂, and the variance."
+    """The steps `start` … `stop` - 1 of the chain in one: weights of the state before them and of x̂, and
+    the variance.
+    """
     keep, shift, variance = 1.0, 0.0, 0.0
     for i in range(start, stop):
         k, c, v = transition(float(betas[i]), first=i == 0)
@@ -872,7 +916,9 @@ both_chains = pytest.mark.parametrize("name", ["linear", "cosine"])
 
 @both_chains
 def test_form_2_marginal(name):
-    "Composing equation 10 gives x_t = √abar x0 + x̂ + √(1-abar) eps, which is what the wrapped network sees of the plain process."
+    """Composing equation 10 gives x_t = √abar x0 + x̂ + √(1-abar) eps, which is what the wrapped network
+    sees of the plain process.
+    """
     betas, eps, seen = schedules.make_betas(name, T), randn(23), []
     process = Diffusion(Schedule(betas))
     network = shifted(lambda x, t, cond: seen.append(x), X_HAT)
@@ -976,7 +1022,9 @@ def tiny_system(kind="ddpm", betas=None):
 
 
 def run_without_schedule(kind, folder):
-    "A short training, none of whose files may hold a table of the schedule, and what is rebuilt from them has it anew."
+    """A short training, none of whose files may hold a table of the schedule, and what is rebuilt from them
+    has it anew.
+    """
     system, digits = tiny_system(kind), images.load("digits")[:64]
     before = system.process.schedule.abar.clone()
     settings = training.Settings(
@@ -1014,7 +1062,9 @@ def average_beside_schedule(averaged):
 
 
 def weights_under_another_schedule():
-    "A network that was trained with one schedule can be sampled with another: loading weights does not bring the old tables along."
+    """A network that was trained with one schedule can be sampled with another: loading weights does not
+    bring the old tables along.
+    """
     old, new = tiny_system(), tiny_system(betas=schedules.linear(20, 0.01, 0.5))
     before = new.process.schedule.abar.clone()
     checkpoints.restore(new, old.state_dict())
@@ -1036,11 +1086,11 @@ def test_schedule_stays_where_weights_are_averaged_or_loaded():
 def test_saved_tables_are_noticed(tmp_path, monkeypatch):
     "The trap put back: tables that go into every state_dict, as buffers do unless told otherwise."
 
-    def keep(self, **tables):
+    def add_saved_tables(self, **tables):
         for name, values in tables.items():
             self.register_buffer(name, values)
 
-    monkeypatch.setattr(NoiseLevels, "_keep", keep)
+    monkeypatch.setattr(NoiseLevels, "_add_tables", add_saved_tables)
     with pytest.raises(AssertionError, match="schedule"):
         run_without_schedule("ddpm", tmp_path)
     with pytest.raises(AssertionError):
@@ -1049,7 +1099,10 @@ def test_saved_tables_are_noticed(tmp_path, monkeypatch):
 
 def test_averaged_tables_are_noticed(tmp_path, monkeypatch):
     "The trap put back: an average over everything that a system holds, its buffers too."
-    everything = lambda system: [*system.parameters(), *system.process.schedule.buffers()]
+
+    def everything(system):
+        return [*system.parameters(), *system.process.schedule.buffers()]
+
     with pytest.raises(AssertionError):
         average_beside_schedule(everything)
     real, tables = training.averages_of, list(Schedule(schedules.cosine(20)).buffers())
@@ -1062,7 +1115,9 @@ def test_averaged_tables_are_noticed(tmp_path, monkeypatch):
 
 
 def test_drop_stays_on_the_device():
-    "`meta` is a device that is not the CPU, and every machine has it: a draw on the wrong device fails there."
+    """`meta` is a device that is not the CPU, and every machine has it: a draw on the wrong device fails
+    there.
+    """
     cond = Cond(
         image=torch.zeros(4, 1, 8, 8, dtype=torch.bfloat16, device="meta"),
         label=torch.zeros(4, dtype=torch.long, device="meta"),

@@ -1,6 +1,8 @@
-"""The denoisers and the exchange format against diffusers: parameter counts, outputs with the same weights, folders read by either side.
+"""The denoisers and the exchange format against diffusers: parameter counts, outputs with the same weights,
+folders read by either side.
 
-Weights are drawn anew wherever outputs are compared, since a fresh network of ours answers zero whatever it is told.
+Weights are drawn anew wherever outputs are compared, since a fresh network of ours answers zero whatever it
+is told.
 """
 
 import json
@@ -117,7 +119,10 @@ def both(net, peer, n=2, dtype=torch.float32):
     ],
 )
 def test_published_unets(name, widths, at, size, count_is):
-    "The networks of Ho et al. have as many parameters as diffusers' U-Net built from the same plan, and as published."
+    """The networks of Ho et al.
+
+    Have as many parameters as diffusers' U-Net built from the same plan, and as published.
+    """
     ours = meta(preset, name, image_channels=0)
     attend = [size // 2**i == at for i in range(len(widths))]
     peer = meta(
@@ -140,8 +145,12 @@ def test_published_unets(name, widths, at, size, count_is):
 
 
 def test_attention_is_named_by_resolution():
-    """`attention=(16,)` is at 16 pixels. Read as a down-sampling rate it would be nowhere in a network that halves three times but at the bottom, which has it anyway:
-    one block, where there are six (two down, three up, one at the bottom), and fewer parameters than published."""
+    """`attention=(16,)` is at 16 pixels.
+
+    Read as a down-sampling rate it would be nowhere in a network that halves three times but at the bottom,
+    which has it anyway: one block, where there are six (two down, three up, one at the bottom), and fewer
+    parameters than published.
+    """
     ours = meta(preset, "ddpm_cifar10")
     at = [name for name, m in ours.named_modules() if isinstance(m, SelfAttention)]
     assert (
@@ -166,7 +175,9 @@ OFFICIAL = {"S/2": 32_865_056, "B/2": 130_315_808, "L/2": 457_840_672, "XL/2": 6
 
 @pytest.mark.parametrize("name", [name for name in published_dits if "/" in name])
 def test_published_dits(name):
-    "diffusers keeps the embedding of time and label once in each block; without the repeats its counts are ours, and the published ones."
+    """diffusers keeps the embedding of time and label once in each block; without the repeats its counts
+    are ours, and the published ones.
+    """
     how, ours = published_dits[name], meta(preset, name)
     peer = meta(
         DiTTransformer2DModel,
@@ -188,7 +199,8 @@ def test_published_dits(name):
 
 
 def test_unknown_presets_list_the_known():
-    with pytest.raises(ValueError, match="network must be one of ddpm_cifar10, .*digits, shapes, .*; got 'cifar'"):
+    listed = "network must be one of ddpm_cifar10, .*digits, shapes, .*; got 'cifar'"
+    with pytest.raises(ValueError, match=listed):
         preset("cifar")
     with pytest.raises(ValueError, match="network must be one of .*, DiT-S/2, .*; got 'DiT-XXL/2'"):
         preset("DiT-XXL/2")
@@ -395,9 +407,11 @@ def copied(ours):
     ],
 )
 def test_dit_outputs(how):
-    """With two settings of diffusers matched (frequencies to 1 / 10000 exactly, and the second norm's ε), outputs are equal.
+    """With two settings of diffusers matched (frequencies to 1 / 10000 exactly, and the second norm's ε),
+    outputs are equal.
 
-    Its table of places is made in float64 and ours in float32: that is what is left, and in float64 the table is copied.
+    Its table of places is made in float64 and ours in float32: that is what is left, and in float64 the
+    table is copied.
     """
     ours = drawn(DiT(**{"width": 32, "depth": 2, "heads": 4, "classes": 6, "freq_shift": 1, **how}))
     peer = copied(ours)
@@ -533,7 +547,9 @@ def test_zero_terminal_snr_is_read():
 @pytest.mark.parametrize("predict", ["eps", "x0", "v"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_pipeline_walks_the_same_way(betas, predict, variance, tmp_path):
-    "diffusers loads our folder and, from the same noise, takes the same steps: DDIM, and the mean and the variance of DDPM, over all of T."
+    """diffusers loads our folder and, from the same noise, takes the same steps: DDIM, and the mean and the
+    variance of DDPM, over all of T.
+    """
     process = Diffusion(Schedule(betas), predict, variance)
     net = drawn(UNet(8, channels=1, width=8, multipliers=(1,), outputs=process.outputs(1)))
     export_diffusers(tmp_path, DDPM(net, process))

@@ -1,4 +1,6 @@
-"""Ratios: what a sampler costs beside its network calls, guidance beside one call on the doubled batch, the training loop beside the step itself."""
+"""Ratios: what a sampler costs beside its network calls, guidance beside one call on the doubled batch, the
+training loop beside the step itself.
+"""
 
 import statistics
 import time
@@ -33,7 +35,9 @@ def seconds(f):
 
 
 def best_of(attempts, measure, limit):
-    "The smallest of up to `attempts` measurements, stopping at the first within `limit`: other work on the machine only ever adds."
+    """The smallest of up to `attempts` measurements, stopping at the first within `limit`: other work on
+    the machine only ever adds.
+    """
     ratios = []
     for _ in range(attempts):
         ratios.append(measure())
@@ -58,7 +62,9 @@ WALKS = {
 
 
 def step_by_step(walk, bare, asked):
-    "For each step of a walk, its seconds and those of as many bare network calls right after it, both per call; `asked` grows by one a call."
+    """For each step of a walk, its seconds and those of as many bare network calls right after it, both per
+    call; `asked` grows by one a call.
+    """
     while True:
         before = len(asked)
         whole = seconds(lambda: next(walk, None))
@@ -75,7 +81,9 @@ def undisturbed(pairs):
 
 @pytest.mark.parametrize("name", WALKS)
 def test_sampler_costs_its_network_calls_and_hardly_more(ddpm, name):
-    "The steps of two walks, each timed beside its own calls; the last one of a walk does less and is left out. The best of several such ratios."
+    """The steps of two walks, each timed beside its own calls; the last one of a walk does less and is left
+    out. The best of several such ratios.
+    """
     sampler, settings = WALKS[name]
     x, t, asked = torch.randn(64, 1, 16, 16), torch.full((64,), 500.0), []
 
@@ -133,7 +141,9 @@ class Stopwatch:
 
 
 def test_training_loop_costs_under_three_percent_of_a_step(ddpm, tmp_path, monkeypatch):
-    "Batch, EMA, clipping, schedule and log against forward, backward and optimizer; validation and checkpoints are work of their own, so they are off."
+    """Batch, EMA, clipping, schedule and log against forward, backward and optimizer; validation and
+    checkpoints are work of their own, so they are off.
+    """
     watch = Stopwatch()
     watch.wrap(DDPM, "loss", monkeypatch)
     watch.wrap(torch.Tensor, "backward", monkeypatch)

@@ -1,4 +1,6 @@
-"""Adaptive conditioning and adaptive effort at tiny sizes: spreads, gates, gated systems trained, saved and sampled, kept answers, fitted efforts, bad input."""
+"""Adaptive conditioning and adaptive effort at tiny sizes: spreads, gates, gated systems trained, saved and
+sampled, kept answers, fitted efforts, bad input.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -88,7 +90,9 @@ def test_spread_belongs_to_the_image(channels, flow):
 
 @pytest.mark.parametrize("flow", [False, True])
 def test_spread_is_that_of_the_posterior(flow):
-    "Orthogonal directions of the typical length against as many independent draws of `posterior_sample`, through decoders that are not linear."
+    """Orthogonal directions of the typical length against as many independent draws of `posterior_sample`,
+    through decoders that are not linear.
+    """
     first, x = (
         VAE(8, z_dim=24, width=4, levels=1, flow=IAF(24, layers=2, hidden=8) if flow else None),
         torch.rand(1, 1, 8, 8),
@@ -311,7 +315,9 @@ def test_without_drift_with_z_guidance_and_continuous_levels(continuous):
 
 
 class Half(torch.nn.Module):
-    "A denoiser that is sure of dark images from the start, and changes its mind at every level about bright ones."
+    """A denoiser that is sure of dark images from the start, and changes its mind at every level about
+    bright ones.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,9 +1,11 @@
-"""Control of DiffuseVAE at tiny sizes: paths, directions, curves, edits of samples and of real images, other priors, and the run notebook `interpolate`."""
+"""Control of DiffuseVAE at tiny sizes: paths, directions, curves, edits of samples and of real images,
+other priors, and the run notebook `interpolate`.
+"""
 
 import numpy as np
 import pytest
 import torch
-from tiny import awake
+from tiny import awake, random_images
 from torch.nn.functional import mse_loss
 
 from diffusevae.autoencoders.codes import line_between, line_methods, path_through
@@ -28,16 +30,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def system(form=1, channels=1, use_z=False, size=8, T=40, std=0.05):
-    "A tiny model with random numbers where a fresh one has zeros, so that its output depends on all of its inputs."
+    """A tiny model with random numbers where a fresh one has zeros, so that its output depends on all of
+    its inputs.
+    """
     torch.manual_seed(0)
     vae = VAE(size, channels, z_dim=3, width=4, levels=1)
     net = UNet(size, channels, width=8, multipliers=(1,), image_channels=channels, z_dim=3 if use_z else 0)
     awake(net, std)
     return DiffuseVAE(vae, net, Diffusion(Schedule(cosine(T)), "v"), form, use_z).eval()
-
-
-def images(n, channels=1):
-    return torch.rand(n, channels, 8, 8, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
 
 
 # ---------------------------------------------------------------- paths
@@ -222,7 +222,7 @@ def test_judgement_counts_moves_and_leaks():
 @both_forms
 @pytest.mark.parametrize("channels, use_z", [(1, False), (3, True)])
 def test_inversion_and_back(form, channels, use_z):
-    model, x = system(form, channels, use_z), images(3, channels)
+    model, x = system(form, channels, use_z), random_images(3, channels, reach=0.8)
     back, edited = control.edit_real(model, x, torch.tensor([1.0, 0, 0]), 2.0, steps=20, corrections=3)
     assert 10 * torch.log10(4 / mse_loss(back, x)) > 35
     assert not torch.allclose(edited, back, atol=1e-3)

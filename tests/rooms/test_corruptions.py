@@ -1,4 +1,6 @@
-"""Corruptions and their augmentation beyond their lesson: other grids than PIL's, grey and coloured, by seed, in bad hands, and inside of a model that trains."""
+"""Corruptions and their augmentation beyond their lesson: other grids than PIL's, grey and coloured, by
+seed, in bad hands, and inside of a model that trains.
+"""
 
 import numpy as np
 import pytest

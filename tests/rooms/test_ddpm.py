@@ -1,6 +1,8 @@
-"""What a DDPM is trained on and scored by: weights, bound, drawn times, labels, and what a checkpoint keeps of them.
+"""What a DDPM is trained on and scored by: weights, bound, drawn times, labels, and what a checkpoint keeps
+of them.
 
-Where a rule is easily broken in silence, a class or function that breaks it (a mutant) is put through the same check, which must notice.
+Where a rule is easily broken in silence, a class or function that breaks it (a mutant) is put through the
+same check, which must notice.
 """
 
 import math
@@ -9,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.training_utils import compute_snr
-from torch import nn
+from tiny import LabelListener, random_images
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 from diffusevae.core import checkpoints
@@ -42,7 +44,7 @@ def randn(seed, *shape):
 
 
 def images(n, channels=1, size=16, seed=0):
-    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return random_images(n, channels, size, seed)
 
 
 # ---------------------------------------------------------------- loss and weights
@@ -71,7 +73,9 @@ def test_p2_is_its_formula(gamma):
 
 
 def test_plain_loss_draws_as_ever():
-    "First t, then noise, and nothing else: old seeds repeat. DiffuseVAE's call, with a condition, is the same."
+    """First t, then noise, and nothing else: old seeds repeat. DiffuseVAE's call, with a condition, is the
+    same.
+    """
     process, x0, net = plain("v"), images(7), tiny(image_channels=1)
     cond = Cond(image=images(7, seed=1))
     torch.manual_seed(3)
@@ -131,7 +135,10 @@ def mean_of_hybrid_learns_from_the_simple_loss_alone(losses):
 
 
 def test_hybrid_is_a_thousandth_of_the_whole_bound():
-    "L_vlb is a sum over t, of which one term stands for all T. Nichol and Dhariwal 2021, equation 16, in nats."
+    """L_vlb is a sum over t, of which one term stands for all T.
+
+    Nichol and Dhariwal 2021, equation 16, in nats.
+    """
     process, x0, t, out, kept = (
         plain("x0", "learned_range"),
         images(20, 1, 4),
@@ -230,7 +237,9 @@ def test_published_prior_term():
 
 @pytest.mark.parametrize("first, bits", [(1e-7, 0.0), (1e-3, None)])
 def test_perfect_decoder(first, bits):
-    "A network that knows x0 pays for the width of its last Gaussian alone: nothing when that is far below a bin."
+    """A network that knows x0 pays for the width of its last Gaussian alone: nothing when that is far below
+    a bin.
+    """
     x0 = ((images(8, 3, 8) + 1) * 127.5).round().clamp(1, 254) / 127.5 - 1  # grey: bins with two sides
     betas = torch.cat([torch.tensor([first], dtype=torch.float64), cosine(50)])
     process = Diffusion(Schedule(betas), "x0")
@@ -243,7 +252,9 @@ def test_perfect_decoder(first, bits):
 
 
 def test_tails_are_not_cut_off():
-    "log of Φ differences far out: their size is the Gaussian's, their gradient finite, so a sure and wrong decoder pays in full."
+    """log of Φ differences far out: their size is the Gaussian's, their gradient finite, so a sure and
+    wrong decoder pays in full.
+    """
     mean, variance = torch.zeros(4, requires_grad=True), torch.full((4,), 1e-4, requires_grad=True)
     x0 = torch.tensor([0.6, -0.6, 1.0, -1.0])
     log_p = pixel_log_prob(x0, mean, variance)
@@ -259,7 +270,9 @@ def test_tails_are_not_cut_off():
 
 
 def test_bound_of_a_gaussian_is_exact():
-    "For one Gaussian every true reverse step is Gaussian: what the bound exceeds the entropy by is the KL between known variances."
+    """For one Gaussian every true reverse step is Gaussian: what the bound exceeds the entropy by is the KL
+    between known variances.
+    """
     s, centre = 0.5, torch.full((1, 1, 2, 2), 0.3, dtype=torch.float64)
     x0 = centre + s * randn(0, 8000, 1, 2, 2)
     for variance in ("fixed_small", "fixed_large"):
@@ -390,7 +403,7 @@ def test_importance_is_for_training_only():
 
 def test_importance_leaves_the_loss_of_a_system():
     "Its mean over many batches is that of uniform times, though the times are not."
-    system = DDPM(Listener(), plain(T=8), "p2", "importance")
+    system = DDPM(LabelListener(), plain(T=8), "p2", "importance")
     x0, label, losses = torch.zeros(500, 1, 4, 4), torch.zeros(500, dtype=torch.long), []
     torch.manual_seed(0)
     with torch.no_grad():
@@ -405,7 +418,9 @@ def test_importance_leaves_the_loss_of_a_system():
 
 
 def test_checkpoint_carries_what_was_seen(tmp_path):
-    "A training that is stopped and resumed ends bit for bit as an undisturbed one, whose drawn times depend on the memory; best has no raw weight in it."
+    """A training that is stopped and resumed ends bit for bit as an undisturbed one, whose drawn times
+    depend on the memory; best has no raw weight in it.
+    """
     settings = Settings(steps=12, batch_size=16, warmup=0, validation=0, checkpoint_every=4, device="cpu")
     ends = []
     for folder, stop in (("whole", 0), ("halves", 7)):
@@ -429,20 +444,6 @@ def test_checkpoint_carries_what_was_seen(tmp_path):
 
 
 # ---------------------------------------------------------------- labels
-
-
-class Listener(nn.Module):
-    "A class-conditional denoiser that remembers its labels."
-
-    size, channels, image_channels, classes, config = 4, 1, 0, 3, {}
-
-    def __init__(self):
-        super().__init__()
-        self.unused, self.heard = nn.Parameter(torch.zeros(1)), []
-
-    def forward(self, x, t, cond=None):
-        self.heard.append(None if cond is None else cond.label)
-        return x + self.unused
 
 
 class NeverDrops(DDPM):
@@ -472,7 +473,7 @@ class TakesOthers(DDPM):
 
 
 def labels_are_dropped_as_they_should(kind):
-    system, labels = kind(Listener(), plain(), label_drop=0.2), torch.arange(300) % 3
+    system, labels = kind(LabelListener(), plain(), label_drop=0.2), torch.arange(300) % 3
     system.denoiser.heard.clear()
     torch.manual_seed(0)
     for _ in range(5):
@@ -507,7 +508,7 @@ def test_labels_of_mutants(mutant, notice):
 
 
 def test_sampling_drops_no_label_even_from_training_mode():
-    system = DDPM(Listener(), plain(), label_drop=0.9).train()
+    system = DDPM(LabelListener(), plain(), label_drop=0.9).train()
     system.sample(6, steps=2)
     assert system.training and all(torch.equal(h, torch.arange(6) % 3) for h in system.denoiser.heard)
     for label, expected in (
@@ -620,7 +621,9 @@ def test_sizes_channels_and_a_batch_of_one(size, channels, batch, variance):
 
 
 def test_old_configs_and_weights_still_load():
-    "Before there were weights, times and labels, a config had two arguments and a checkpoint the network alone."
+    """Before there were weights, times and labels, a config had two arguments and a checkpoint the network
+    alone.
+    """
     old = DDPM(tiny(), plain("v"))
     config = {**old.config, "arguments": {k: old.config["arguments"][k] for k in ("denoiser", "process")}}
     rebuilt = checkpoints.build(config)
@@ -639,7 +642,7 @@ def test_learned_variance_needs_both_halves_of_channels():
     with pytest.raises(
         ValueError, match="must return 2 channels, not 1"
     ):  # says nothing of its outputs, so it returns what it takes
-        DDPM(Listener(), learned)
+        DDPM(LabelListener(), learned)
     with pytest.raises(ValueError, match="continuous levels have none"):
         DDPM(tiny(outputs=2), Diffusion(Schedule(cosine(9)), "v", "learned_range", True)).loss(
             Batch(images(2))
@@ -677,7 +680,7 @@ def test_what_cannot_be_built(how, message):
     ],
 )
 def test_what_cannot_be_sampled_fails_before_the_first_step(how, message):
-    system = DDPM(Listener(), plain())
+    system = DDPM(LabelListener(), plain())
     with pytest.raises(ValueError, match=message):
         system.steps(2, **how)
     assert not system.denoiser.heard

@@ -1,4 +1,6 @@
-"""The eyes for shapes as they ship: how well they read, edits by their direction, samples of the kit's models, and what they refuse."""
+"""The eyes for shapes as they ship: how well they read, edits by their direction, samples of the kit's
+models, and what they refuse.
+"""
 
 import json
 
@@ -88,7 +90,9 @@ def test_slightly_faulty_images_are_read_nearly_as_well(test_set):
 
 @pytest.mark.parametrize("model", ["shapes_vae", "shapes_kl", "shapes_vqvae"])
 def test_reconstructions_are_read_like_their_originals(test_set, model):
-    "What each model keeps: the VAE draws round blobs in the right place and colour, the first stages shapes too."
+    """What each model keeps: the VAE draws round blobs in the right place and colour, the first stages
+    shapes too.
+    """
     images = test_set[:256]
     torch.manual_seed(0)
     with torch.no_grad():
@@ -227,7 +231,10 @@ def test_what_cannot_be_learnt_from_is_refused_before_the_first_step(test_set, t
 
 def test_the_same_seed_trains_the_same_network(test_set):
     images, x = draw_shapes(200, seed=4), test_set.images[:20]
-    make = lambda: FactorRegressor(width=4, features=16)
+
+    def make():
+        return FactorRegressor(width=4, features=16)
+
     one, same, other = (train_regressor(images, seed, steps=4, device="cpu", make=make) for seed in (0, 0, 1))
     assert torch.equal(read_factors(x, one), read_factors(x, same)) and not torch.equal(
         read_factors(x, one), read_factors(x, other)

@@ -1,4 +1,6 @@
-"""First stages against diffusers' AutoencoderKL and torchmetrics' LPIPS, files of every layout, and a duel that is resumed."""
+"""First stages against diffusers' AutoencoderKL and torchmetrics' LPIPS, files of every layout, and a duel
+that is resumed.
+"""
 
 import re
 from unittest.mock import patch
@@ -112,10 +114,15 @@ def test_original_layout_within_a_whole_model(other, tmp_path):
     weights = {
         to_original(k): v[:, :, None, None] if v.ndim == 2 else v for k, v in other.state_dict().items()
     }
-    known = """encoder.conv_in.weight encoder.down.0.block.0.norm1.weight encoder.down.1.block.0.nin_shortcut.bias encoder.down.1.downsample.conv.weight
-        encoder.mid.block_1.conv2.bias encoder.mid.attn_1.norm.weight encoder.mid.attn_1.proj_out.weight encoder.norm_out.weight encoder.conv_out.bias
-        quant_conv.weight post_quant_conv.bias decoder.conv_in.weight decoder.mid.attn_1.v.bias decoder.up.2.upsample.conv.weight decoder.up.0.block.1.conv2.bias
-        decoder.up.0.block.0.nin_shortcut.weight decoder.norm_out.bias decoder.conv_out.weight"""
+    known = """
+        encoder.conv_in.weight encoder.down.0.block.0.norm1.weight encoder.down.1.block.0.nin_shortcut.bias
+        encoder.down.1.downsample.conv.weight encoder.mid.block_1.conv2.bias encoder.mid.attn_1.norm.weight
+        encoder.mid.attn_1.proj_out.weight encoder.norm_out.weight encoder.conv_out.bias
+        quant_conv.weight post_quant_conv.bias
+        decoder.conv_in.weight decoder.mid.attn_1.v.bias decoder.up.2.upsample.conv.weight
+        decoder.up.0.block.1.conv2.bias decoder.up.0.block.0.nin_shortcut.weight
+        decoder.norm_out.bias decoder.conv_out.weight
+    """
     assert set(known.split()) <= set(weights) and not any("_blocks" in k or "to_" in k for k in weights)
     whole = {f"first_stage_model.{k}": v.half().float() for k, v in weights.items()}
     whole |= {"model.diffusion_model.out.0.weight": torch.ones(2), "loss.logvar": torch.zeros(())}

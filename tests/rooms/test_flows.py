@@ -1,6 +1,8 @@
-"""Flows: log-determinants against autograd, densities against zuko, and densities in the plane that they must learn better than any Gaussian.
+"""Flows: log-determinants against autograd, densities against zuko, and densities in the plane that they
+must learn better than any Gaussian.
 
-zuko's networks, masks, couplings, autoregressive passes and distributions are its own; it is given our weights only.
+zuko's networks, masks, couplings, autoregressive passes and distributions are its own; it is given our
+weights only.
 """
 
 import math
@@ -75,7 +77,9 @@ def test_starts_near_the_identity_and_survives_saving(make, tmp_path):
 
 @each_flow
 def test_density_integrates_to_one(make):
-    "Of what a flow does to a Gaussian, in the plane: the formula's density, found through the inverse, summed over a grid."
+    """Of what a flow does to a Gaussian, in the plane: the formula's density, found through the inverse,
+    summed over a grid.
+    """
     flow = randomised(make(2), std=0.3).double()
     side = torch.linspace(-9, 9, 241, dtype=torch.float64)
     z, log_det = flow.inverse(torch.cartesian_prod(side, side))
@@ -180,7 +184,9 @@ def sine(z):
 
 
 def moons(z):
-    "Energy 1 of Rezende and Mohamed 2015, table 1; `wave` and `split` are 2 and 4 with a factor that makes them integrable."
+    """Energy 1 of Rezende and Mohamed 2015, table 1; `wave` and `split` are 2 and 4 with a factor that
+    makes them integrable.
+    """
     return -bump(z.norm(dim=1) - 2, 0.4) - torch.logaddexp(bump(z[:, 0] - 2, 0.6), bump(z[:, 0] + 2, 0.6))
 
 
@@ -275,7 +281,9 @@ def test_reverse_kl(energy):
 
 @pytest.mark.parametrize("energy", [moons, rings, crescents])
 def test_forward_kl(energy):
-    "RealNVP, trained on samples, comes to at most half of the divergence of the Gaussian with the data's moments; both by quadrature."
+    """RealNVP, trained on samples, comes to at most half of the divergence of the Gaussian with the data's
+    moments; both by quadrature.
+    """
     torch.manual_seed(0)
     log_p = -energy(GRID) - log_z(energy)
     data = (

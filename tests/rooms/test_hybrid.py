@@ -1,13 +1,15 @@
-"""DiffuseVAE from end to end at tiny sizes: both forms trained, saved, loaded and sampled, grey and coloured, with and without z."""
+"""DiffuseVAE from end to end at tiny sizes: both forms trained, saved, loaded and sampled, grey and
+coloured, with and without z.
+"""
 
 import pytest
 import torch
-from tiny import awake
+from tiny import awake, progress_of, squares
 
 from diffusevae.autoencoders.vae import VAE
 from diffusevae.core.checkpoints import load_system, save_system
 from diffusevae.core.corruptions import Augmentation
-from diffusevae.core.pixels import Batch, ImageSet
+from diffusevae.core.pixels import Batch
 from diffusevae.core.training import Settings, train
 from diffusevae.diffusion.process import Diffusion
 from diffusevae.diffusion.samplers import final_image
@@ -32,15 +34,6 @@ settings = Settings(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def images(channels=1, n=16):
-    "Bright squares on black, at random places."
-    x = torch.zeros(n, channels, 8, 8, dtype=torch.uint8)
-    corners = torch.randint(0, 5, (n, 2), generator=torch.Generator().manual_seed(1))
-    for image, (i, j) in zip(x, corners.tolist()):
-        image[:, i : i + 4, j : j + 4] = 230
-    return ImageSet(x)
-
-
 def system(form=1, channels=1, use_z=False, predict="v", **more):
     vae = VAE(8, channels, z_dim=3, width=4, levels=1)
     net = UNet(8, channels, width=8, multipliers=(1, 1), image_channels=channels, z_dim=3 if use_z else 0)
@@ -48,7 +41,7 @@ def system(form=1, channels=1, use_z=False, predict="v", **more):
 
 
 def trained(model, run_dir, channels=1):
-    return list(train(model, images(channels), settings, run_dir))
+    return progress_of(model, squares(channels), settings, run_dir)
 
 
 @both_forms
@@ -107,7 +100,7 @@ def test_resume_equals_one_go(form, tmp_path):
     whole = system(form)
     trained(whole, tmp_path / "whole")
     torch.manual_seed(0)
-    half = train(system(form), images(), settings, tmp_path / "halves")
+    half = train(system(form), squares(), settings, tmp_path / "halves")
     for _ in range(3):
         next(half)
     half.close()
@@ -163,11 +156,16 @@ def test_guided_and_augmented_from_training_to_file(form, channels, use_z, tmp_p
 
 @both_forms
 def test_without_its_condition_a_sample_has_nothing_of_it(form):
-    "w = -1 leaves the answer under no condition: in form 1 neither x̂ nor z have a say, in form 2 x̂ has by the shift alone."
+    """w = -1 leaves the answer under no condition: in form 1 neither x̂ nor z have a say, in form 2 x̂ has
+    by the shift alone.
+    """
     model = system(form, use_z=True, cond_drop=0.5).eval()
     awake(model.denoiser)
     noise, x_hat, z = torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8), torch.randn(2, 3)
-    end = lambda x_hat, z: final_image(model.steps(x_hat, z, steps=4, noise=noise, guidance=-1.0))
+
+    def end(x_hat, z):
+        return final_image(model.steps(x_hat, z, steps=4, noise=noise, guidance=-1.0))
+
     assert torch.allclose(end(x_hat, z), end(x_hat, z + 1), atol=1e-5)
     assert torch.allclose(end(x_hat, z), end(-x_hat, z), atol=1e-5) == (form == 1)
 

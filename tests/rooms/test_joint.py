@@ -1,8 +1,10 @@
-"""Joint training of VAE and refiner at tiny sizes: gradients and their stops, save, load and resume, warm starts, hybrid terms, and bad input."""
+"""Joint training of VAE and refiner at tiny sizes: gradients and their stops, save, load and resume, warm
+starts, hybrid terms, and bad input.
+"""
 
 import pytest
 import torch
-from tiny import awake
+from tiny import awake, progress_of, squares
 
 from diffusevae.autoencoders.codes import latent_figures, linear_probe
 from diffusevae.autoencoders.distances import FocalFrequency, MultiscaleSSIM, PerceptualLoss
@@ -48,15 +50,6 @@ settings = dict(
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def images(channels=1, n=16, labels=False):
-    "Bright squares on black, at random places; labels say whether they are in the upper half."
-    x = torch.zeros(n, channels, 8, 8, dtype=torch.uint8)
-    corners = torch.randint(0, 5, (n, 2), generator=torch.Generator().manual_seed(1))
-    for image, (i, j) in zip(x, corners.tolist()):
-        image[:, i : i + 4, j : j + 4] = 230
-    return ImageSet(x, (corners[:, 0] > 1).long() if labels else None, ("upper", "lower"))
-
-
 def system(cls=JointDiffuseVAE, channels=1, use_z=False, vae=None, **how):
     torch.manual_seed(0)
     vae = awake(VAE(8, channels, z_dim=3, width=4, levels=1)) if vae is None else vae
@@ -67,7 +60,7 @@ def system(cls=JointDiffuseVAE, channels=1, use_z=False, vae=None, **how):
 
 
 def trained(model, run_dir, channels=1, **other):
-    return list(train(model, images(channels), Settings(**{**settings, **other}), run_dir))
+    return progress_of(model, squares(channels), Settings(**{**settings, **other}), run_dir)
 
 
 def flat(model):
@@ -102,7 +95,9 @@ def test_the_diffusion_loss_reaches_what_it_should(form, use_z, stop, more):
 
 @both_forms
 def test_z_alone_carries_a_gradient_to_the_encoder(form):
-    "With use_z and an x̂ that says nothing of z, the refiner still pulls at the encoder, unless it is stopped."
+    """With use_z and an x̂ that says nothing of z, the refiner still pulls at the encoder, unless it is
+    stopped.
+    """
     for stop, reached in (("none", True), ("encoder", False), ("x_hat", False)):
         model = system(form=form, use_z=True, stop=stop).train()
         for p in model.vae.decoder[0].parameters():
@@ -149,17 +144,19 @@ def test_without_the_vae_term_and_stopped_it_is_the_two_stage_loss(form, use_z, 
             **how,
         ).train()
         torch.manual_seed(3)
-        losses.append(model.loss(Batch(images().x))["loss"])
+        losses.append(model.loss(Batch(squares().x))["loss"])
     assert torch.equal(*losses)
 
 
 def test_the_vae_learns_as_alone_when_the_refiner_is_stopped(tmp_path):
-    "Side by side, the VAE's weights are those of its own training with the same loss, for a refiner that learns nothing from it."
+    """Side by side, the VAE's weights are those of its own training with the same loss, for a refiner that
+    learns nothing from it.
+    """
     one, two = (system(stop="x_hat", lambda_diff=w).train() for w in (0.0, 5.0))
     grads = []
     for model in (one, two):
         torch.manual_seed(1)
-        model.loss(Batch(images().x))["loss"].backward()
+        model.loss(Batch(squares().x))["loss"].backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.vae.parameters()]))
     assert torch.equal(*grads)
 
@@ -212,7 +209,7 @@ def test_resume_equals_one_go(form, tmp_path):
 
     whole = make()
     trained(whole, tmp_path / "whole")
-    half = train(make(), images(), Settings(**settings), tmp_path / "halves")
+    half = train(make(), squares(), Settings(**settings), tmp_path / "halves")
     for _ in range(3):
         next(half)
     half.close()
@@ -355,15 +352,19 @@ def test_objective_is_exchanged_in_a_copy():
 
 
 def test_eyes_stay_outside_by_name_and_inside_as_a_module(tmp_path):
-    "A perceptual term by name adds no tensors and nothing to train; one with a module is saved with it, frozen, and untouched by training."
+    """A perceptual term by name adds no tensors and nothing to train; one with a module is saved with it,
+    frozen, and untouched by training.
+    """
     x = ImageSet(torch.randint(0, 255, (12, 1, 16, 16), dtype=torch.uint8))
-    vae = lambda: awake(VAE(16, z_dim=3, width=4, levels=1))
-    make = lambda term: JointDiffuseVAE(
-        vae(),
-        awake(UNet(16, width=8, multipliers=(1,), patch=2, image_channels=1)),
-        Diffusion(Schedule(cosine(40))),
-        hybrid=HybridTerms([term], [0.1]),
-    )
+
+    def make(term):
+        return JointDiffuseVAE(
+            awake(VAE(16, z_dim=3, width=4, levels=1)),
+            awake(UNet(16, width=8, multipliers=(1,), patch=2, image_channels=1)),
+            Diffusion(Schedule(cosine(40))),
+            hybrid=HybridTerms([term], [0.1]),
+        )
+
     by_name, by_module = make(PerceptualLoss("digits")), make(PerceptualLoss(pretrained("digits_classifier")))
     assert not [k for k in by_name.state_dict() if k.startswith("hybrid")]
     held = {k: v.clone() for k, v in by_module.state_dict().items() if k.startswith("hybrid")}
@@ -426,7 +427,7 @@ def test_bad_input_is_refused(make, message):
 
 
 def test_latent_figures():
-    vae, data = awake(VAE(8, z_dim=3, width=4, levels=1)), images(n=64, labels=True)
+    vae, data = awake(VAE(8, z_dim=3, width=4, levels=1)), squares(n=64, labels=True)
     first = latent_figures(vae, data, data)
     assert first == latent_figures(vae, data, data) and set(first) == {
         "probe",

@@ -1,4 +1,6 @@
-"""Latent diffusion: the seam between two models, its traps put back one by one, the cache, resumed trainings, and what is refused."""
+"""Latent diffusion: the seam between two models, its traps put back one by one, the cache, resumed
+trainings, and what is refused.
+"""
 
 import copy
 import re
@@ -180,7 +182,9 @@ class Perfect(nn.Module):
 
 
 def gap(make=LatentDiffusion, scaled=lambda stage: None, decoded=lambda stage: None):
-    "How far samples of a perfect denoiser are from the first stage's reconstructions: mean squared distance, a pixel, to the nearest one."
+    """How far samples of a perfect denoiser are from the first stage's reconstructions: mean squared
+    distance, a pixel, to the nearest one.
+    """
     images, stage = load_images("digits")[:100], copy.deepcopy(pretrained("digits_kl"))
     reconstructions = stage.reconstruct(images.x)
     scaled(stage)
@@ -233,7 +237,9 @@ def test_mutant_decodes_with_another_scale(ratio):
 
 
 def test_one_scale_for_both_ways_is_kept_even_if_borrowed():
-    "Consistently wrong: a perfect network does not mind, but whoever encodes is told, and training suffers (see the notebook)."
+    """Consistently wrong: a perfect network does not mind, but whoever encodes is told, and training
+    suffers (see the notebook).
+    """
     assert gap(scaled=lambda stage: stage.scale.fill_(0.18215)) < 1e-2
     stage = copy.deepcopy(pretrained("digits_kl"))
     stage.scale.fill_(0.18215)
@@ -360,7 +366,9 @@ def test_checkpoint_rebuilds_equal_samples(stage, more, tmp_path):
 
 
 def test_published_first_stage():
-    "The published networks are first stages like any other; their decoder has no range of its own, and images have."
+    """The published networks are first stages like any other; their decoder has no range of its own, and
+    images have.
+    """
     torch.manual_seed(0)
     stage = shaken(KLF(16, ch=32, multipliers=(1, 2, 2), blocks=1, z_channels=4)).eval()
     stage.set_scale(pictures(32, 3))
@@ -499,7 +507,7 @@ def test_files_that_are_no_cache_stay(kl, tmp_path):
     with pytest.raises(ValueError, match="truncated or no checkpoint"):
         cached_latents(file, kl, pictures(4))
     assert file.read_bytes() == content[:500]
-    with pytest.raises(ValueError, match="dtype must be float32 or float16, got 'bfloat16'"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16; got 'bfloat16'"):
         cached_latents(tmp_path / "z", kl, pictures(4), dtype="bfloat16")
 
 

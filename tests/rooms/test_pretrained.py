@@ -1,4 +1,6 @@
-"""The models that ship with the package: each is evaluated again, and must come out as its record and its card say."""
+"""The models that ship with the package: each is evaluated again, and must come out as its record and its
+card say.
+"""
 
 import json
 import math

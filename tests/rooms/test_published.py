@@ -1,4 +1,6 @@
-"""Official checkpoints: both official networks written anew from their description, with random weights, against what our loaders make of them; bad files; the recipes."""
+"""Official checkpoints: both official networks written anew from their description, with random weights,
+against what our loaders make of them; bad files; the recipes.
+"""
 
 import math
 import os
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import save_file
+from tiny import random_images
 
 from diffusevae.autoencoders import autoencoder
 from diffusevae.core.checkpoints import load_system, save_system
@@ -51,7 +54,9 @@ SMALL = {
 
 
 class Store(dict):
-    "Tensors by official name, each drawn when it is first asked for: what a network computes says which it has, and of which shapes."
+    """Tensors by official name, each drawn when it is first asked for: what a network computes says which
+    it has, and of which shapes.
+    """
 
     def __call__(self, name, *shape):
         if name not in self:
@@ -98,7 +103,9 @@ def block(p, name, x, emb, c, layout, scale_shift=False):
 
 
 def attend(p, name, x, layout, heads):
-    "Attention of either layout: one map sorted by head and logits over the root of a head's channels; three maps and the root of all channels."
+    """Attention of either layout: one map sorted by head and logits over the root of a head's channels;
+    three maps and the root of all channels.
+    """
     b, c, H, W = x.shape
     if layout == "openai":
         h = p.norm(f"{name}.norm", x, 1e-5).reshape(b, c, -1)
@@ -118,7 +125,9 @@ def attend(p, name, x, layout, heads):
 
 
 def unet_openai(p, x, t, x_hat=None, z=None, rate=4, blocks=2, heads=HEADS):
-    "The U-Net of the main program: all blocks of a way in one row; attention where the image was halved to 1/`rate`."
+    """The U-Net of the main program: all blocks of a way in one row; attention where the image was halved
+    to 1/`rate`.
+    """
     freqs = torch.exp(-math.log(10000) * torch.arange(WIDTH // 2) / (WIDTH // 2))
     angles, dim = t.float()[:, None] * freqs, 4 * WIDTH
     emb = p.linear(
@@ -223,7 +232,9 @@ def vae_decode(p, z):
 
 
 def official_walk(network, form, betas, x_T, x_hat, noises):
-    "Ancestral sampling as the official program does it, form 2 in x_t with the shift taken off at the end, the large variance."
+    """Ancestral sampling as the official program does it, form 2 in x_t with the shift taken off at the
+    end, the large variance.
+    """
     abar = torch.cumprod(1 - betas, 0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
     x, shift = x_T, x_hat if form == 2 else torch.zeros_like(x_hat)
@@ -246,7 +257,9 @@ class ModelCheckpoint:
 
 
 def lightning(path, tensors, monkeypatch=None):
-    "Write a checkpoint as Lightning 1.4 does, with its class in it where `monkeypatch` may set up a module of that name."
+    """Write a checkpoint as Lightning 1.4 does, with its class in it where `monkeypatch` may set up a
+    module of that name.
+    """
     callbacks = {"ModelCheckpoint": {"best_model_path": "x.ckpt", "best_model_score": None}}
     if monkeypatch:
         ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
@@ -281,7 +294,7 @@ def lightning(path, tensors, monkeypatch=None):
 
 
 def images(n=2, seed=1):
-    return torch.rand(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return random_images(n, 3, SIZE, seed)
 
 
 def second_stage(layout, form=1, z=None, x_hat=True):
@@ -441,7 +454,7 @@ def test_bad_files(tmp_path, first_stage, monkeypatch):
     save_file(dict(first_stage), tmp_path / "converted.safetensors")
     assert load_official_vae(tmp_path / "converted.safetensors", SMALL).z_dim == 8
     with pytest.raises(
-        ValueError, match="no official DiffuseVAE 'mnist'; there are: cifar10, celeba64, celebahq256"
+        ValueError, match="networks must be one of cifar10, celeba64, celebahq256; got 'mnist'"
     ):
         load_official_vae(good, "mnist")
 
@@ -473,10 +486,10 @@ def test_everything_that_does_not_match_is_named(tmp_path, first_stage):
         )
     assert len(caught.value.wrong) > 100 and f"and {len(caught.value.wrong) - 20} more" in str(caught.value)
     partly = {k: v for k, v in second_stage("ddim")[0].items() if not k.endswith("mid.attn_1.k.weight")}
-    with pytest.raises(
-        ValueError,
-        match=r"mid\.attn_1\.qkv\.weight is missing; mid\.attn_1\.q\.weight is unknown; mid\.attn_1\.v\.weight is unknown",
-    ):
+    attention = r"mid\.attn_1"
+    missing = rf"{attention}\.qkv\.weight is missing"
+    unknown = rf"{attention}\.q\.weight is unknown; {attention}\.v\.weight is unknown"
+    with pytest.raises(ValueError, match=f"{missing}; {unknown}"):
         load_official_ddpm(lightning(tmp_path / "partly.ckpt", partly), SMALL)
     with pytest.raises(
         ValueError, match="3 heads do not divide 64 channels|3 heads do not divide 32 channels"

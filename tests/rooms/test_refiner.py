@@ -1,4 +1,6 @@
-"""The refiner on images from elsewhere, at tiny sizes: in both forms, grey and coloured, with z, by seed, held to what is known, and the run notebook."""
+"""The refiner on images from elsewhere, at tiny sizes: in both forms, grey and coloured, with z, by seed,
+held to what is known, and the run notebook.
+"""
 
 import json
 
@@ -27,7 +29,7 @@ from diffusevae.hybrid.refiner import (
     Consistent,
     consistent,
     filter_baseline,
-    mean_of,
+    mean_refinement,
     mean_squared_distance,
     refine,
     responses,
@@ -99,7 +101,7 @@ def test_draws_and_their_mean():
     drawn = refine(model, x, draws=3, seeds=range(4), steps=4)
     assert drawn.shape == (3, 4, 1, 8, 8) and torch.equal(drawn[0], refine(model, x, seeds=range(4), steps=4))
     assert len({round(float(d.sum()), 4) for d in drawn}) == 3
-    assert torch.allclose(mean_of(model, x, 3, seeds=range(4), steps=4), drawn.mean(0))
+    assert torch.allclose(mean_refinement(model, x, 3, seeds=range(4), steps=4), drawn.mean(0))
     torch.manual_seed(3)
     loose = refine(model, x, steps=4)
     torch.manual_seed(3)
@@ -138,7 +140,9 @@ def test_start_and_guidance_reach_the_walk():
 @pytest.mark.parametrize("predict, continuous", [("eps", False), ("x0", True), ("v", False), ("v", True)])
 @pytest.mark.parametrize("kind, severity", [("lowres", 2.0), ("blur", 0.8)])
 def test_held_to_what_is_known(form, predict, continuous, kind, severity):
-    "The harmed answer is nearer to the harmed image than without, whatever the network says; here it says nonsense."
+    """The harmed answer is nearer to the harmed image than without, whatever the network says; here it says
+    nonsense.
+    """
     model, x = system(form, predict=predict, continuous=continuous), pictures(6)
     x = corruptions["blur"](x, 1.5)  # natural enough not to be clipped
     x_hat = corruptions[kind](x, severity)
@@ -151,11 +155,14 @@ def test_held_to_what_is_known(form, predict, continuous, kind, severity):
         for known in (None, (kind, severity))
     ]
     assert off[1] < 0.4 * off[0]
-    assert Consistent(model, kind, severity).denoiser is model.denoiser
+    assert Consistent(model, kind, severity).refiner is model
 
 
 def test_held_by_a_projection_is_exact():
-    average = lambda v: torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(v, 2), scale_factor=2)
+
+    def average(v):
+        return torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(v, 2), scale_factor=2)
+
     process, x = Diffusion(Schedule(linear(50)), "eps"), pictures(3) / 4
     walk = samplers.ddim(
         consistent(lambda x_t, t, cond=None: torch.sin(9 * x_t), process, average(x), average),
@@ -174,7 +181,7 @@ def test_a_learned_variance_stays():
     assert torch.equal(held[:, 1:], out[:, 1:])
     assert torch.allclose(
         process.to_x0(held, x, torch.tensor([3, 40])), x, atol=1e-4
-    )  # with keep(x) = x only x̂ is left
+    )  # with degrade(x) = x only x̂ is left
 
 
 def test_responses_are_paired():
@@ -215,9 +222,9 @@ def test_fewer_codes_than_dimensions():
         (pictures(channels=3), {}, "refines images of 1 × 8 × 8, got 3 × 8 × 8"),
         (pictures(size=16), {}, "got 1 × 16 × 16"),
         (pictures()[0], {}, "batch of one"),
-        (pictures(), {"draws": 0}, "at least one draw"),
+        (pictures(), {"draws": 0}, "draws must be a finite number of at least 1, got 0"),
         (pictures(), {"seeds": [1, 2]}, "2 seeds for 4 images"),
-        (pictures(), {"known": ("noise", 0.1)}, "known must be blur or lowres"),
+        (pictures(), {"known": ("noise", 0.1)}, "known must be one of blur, lowres; got 'noise'"),
         (pictures(), {"known": ("blur", -1.0)}, "the severity of blur"),
         (pictures(), {"guidance": 1.0}, "cond_drop"),
         (pictures(), {"sampler": "euler"}, "sampler must be one of"),

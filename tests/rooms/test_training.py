@@ -1,11 +1,13 @@
-"""What the training room cannot show in seconds: every system in bfloat16, the real torch.compile, an EMA that is chosen after a run."""
+"""What the training room cannot show in seconds: every system in bfloat16, the real torch.compile, an EMA
+that is chosen after a run.
+"""
 
 import functools
 import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from diffusevae.autoencoders.autoencoder import AutoEncoder
 from diffusevae.autoencoders.first_stages import KLAutoEncoder

@@ -1,16 +1,18 @@
-"""The run notebooks of the autoencoder family at tiny sizes, their comparison, and how they answer what does not fit."""
+"""The run notebooks of the autoencoder family at tiny sizes, their comparison, and how they answer what
+does not fit.
+"""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from tiny import TRAIN
 
 from diffusevae.cli import main
 from diffusevae.core import records, runs
 from diffusevae.core.checkpoints import load_system
 
-TRAIN = dict(steps=6, batch_size=16, checkpoint_every=3, validate_every=3, log_every=2, device="cpu")
 RUNS = {
     "autoencoder": ("train_autoencoder", dict(width=4)),
     "vae": (

@@ -1,16 +1,18 @@
-"""The run notebooks of the diffusion rooms at tiny sizes: labels, guidance, latents, classifiers, samplers, averages chosen afterwards, the benchmark."""
+"""The run notebooks of the diffusion rooms at tiny sizes: labels, guidance, latents, classifiers, samplers,
+averages chosen afterwards, the benchmark.
+"""
 
 import json
 
 import numpy as np
 import pytest
 import torch
+from tiny import TRAIN
 
 from diffusevae.cli import main
 from diffusevae.core import records, runs
 from diffusevae.core.checkpoints import load_system
 
-TRAIN = dict(steps=6, batch_size=16, checkpoint_every=3, validate_every=3, log_every=2, device="cpu")
 RUNS = {
     "labels": (
         "train_ddpm",
@@ -186,7 +188,9 @@ def test_the_chosen_average_is_a_model(study):
 
 @pytest.mark.timeout(240)
 def test_benchmark(tmp_path):
-    "The same network in diffusers and here, at a tiny size: equal outputs and figures that are ratios; whom to race is ours to say."
+    """The same network in diffusers and here, at a tiny size: equal outputs and figures that are ratios;
+    whom to race is ours to say.
+    """
     pytest.importorskip("diffusers")
     tiny = dict(
         parts=["step", "modes"],

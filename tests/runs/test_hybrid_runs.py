@@ -1,15 +1,17 @@
-"""The run notebooks of the hybrid rooms at tiny sizes: both forms with all their settings, other priors, and quality against speed."""
+"""The run notebooks of the hybrid rooms at tiny sizes: both forms with all their settings, other priors,
+and quality against speed.
+"""
 
 import numpy as np
 import pytest
 import torch
+from tiny import TRAIN
 
 from diffusevae.core import records, runs
 from diffusevae.core.checkpoints import load_system
 from diffusevae.core.pixels import to_uint8
 from diffusevae.evaluation import comparison
 
-TRAIN = dict(steps=6, batch_size=16, checkpoint_every=3, validate_every=3, log_every=2, device="cpu")
 FORMS = {
     "form1": dict(form=1, use_z=True, cond_drop=0.2, z_noise=0.1, augment_noise=0.5, augment_lowres=2),
     "form2": dict(
@@ -178,7 +180,9 @@ def test_a_start_of_another_form_is_refused(study):
 
 @pytest.mark.timeout(300)
 def test_effort_in_pairs(study):
-    "A loose tolerance saves evaluations, and every set is measured against the full walk; codes come from the fitted prior of a joint model."
+    """A loose tolerance saves evaluations, and every set is measured against the full walk; codes come from
+    the fitted prior of a joint model.
+    """
     runs.run(
         "train_prior", study / "mixture", vae=str(study / "joint"), kind="mixture", components=2, device="cpu"
     )
@@ -258,9 +262,11 @@ REFUSED = [
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("notebook, given, message", REFUSED)
 def test_wrong_settings_are_refused(study, tmp_path, notebook, given, message):
-    filled = lambda v: (
-        v.format(study=study) if isinstance(v, str) else [filled(x) for x in v] if isinstance(v, list) else v
-    )
+    def filled(value):
+        if isinstance(value, str):
+            return value.format(study=study)
+        return [filled(part) for part in value] if isinstance(value, list) else value
+
     with pytest.raises(runs.RunFailed, match=message):
         runs.run(notebook, tmp_path / "refused", device="cpu", **{k: filled(v) for k, v in given.items()})
 

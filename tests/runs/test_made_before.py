@@ -1,4 +1,6 @@
-"""Files that an earlier version wrote: a checkpoint of every class at its old place, a killed run, a record."""
+"""Files that an earlier version wrote: a checkpoint of every class at its old place, a killed run, a
+record.
+"""
 
 import json
 import shutil

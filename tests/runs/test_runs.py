@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from diffusevae.cli import main
 from diffusevae.core import records, runs
