@@ -193,9 +193,9 @@ class PatchDiscriminator(Discriminator):
         at_least(1, layers=layers)
         widths = [width * min(2**i, 8) for i in range(layers + 1)]
         body = _bounded(nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1))
-        for i in range(layers):
+        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
             stride = 2 if i < layers - 1 else 1  # the first convolution and layers − 1 of these halve
-            body += _bounded(nn.Conv2d(widths[i], widths[i + 1], kernel_size=4, stride=stride, padding=1))
+            body += _bounded(nn.Conv2d(c_in, c_out, kernel_size=4, stride=stride, padding=1))
         head = spectral_norm(nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))
         super().__init__(nn.Sequential(*body), head)
         self.least = 3 * 2**layers

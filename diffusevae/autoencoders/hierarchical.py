@@ -297,7 +297,8 @@ class HierarchicalVAE(VAEBase):
         """
         posterior = self.encode(x)
         qs, ps, zs = zip(*posterior.walk(lambda i, q: q.rsample()))
-        posterior.rates = torch.stack([kl_divergence(q, p) for q, p in zip(qs, ps)], dim=1)
+        rates = [kl_divergence(q, p) for q, p in zip(qs, ps)]
+        posterior.rates = torch.stack(rates, dim=1)
         codes = torch.cat([z.flatten(1) for z in zs], dim=1)
         log_q = sum(q.log_prob(z) for q, z in zip(qs, zs))
         return posterior, codes, log_q

@@ -87,7 +87,8 @@ class Quantiser(nn.Module):
         `z` and z_q are `(B, dim, h, w)`, the indices int64 `(B, h, w)`, the commitment is the mean of
         (z_e − sg(z_q))², a scalar.
         """
-        vectors = z.detach().to(self.codebook.dtype).movedim(1, -1).flatten(0, -2)
+        grid = z.detach().to(self.codebook.dtype).movedim(1, -1)
+        vectors = grid.flatten(0, -2)  # (B h w, dim)
         if self.training and self.revive_below:
             self.revive_codes(vectors)
         indices = self.indices(z)

@@ -131,12 +131,15 @@ def _describe(value):
 
 
 def _config(instance, bound):
-    "What `build` needs: the class by name, and the arguments of its call with the defaults filled in."
+    """What `build` needs to make `instance` again: its class by name, and the arguments of `__init__`.
+
+    `bound` holds these arguments as `inspect` binds them; defaults are filled in.
+    """
     bound.apply_defaults()
-    _, *given = bound.arguments.items()  # without self
+    arguments = list(bound.arguments.items())[1:]  # the first is self
     return {
         "class": f"{type(instance).__module__}.{type(instance).__qualname__}",
-        "arguments": {name: _describe(value) for name, value in given},
+        "arguments": {name: _describe(value) for name, value in arguments},
     }
 
 

@@ -174,38 +174,38 @@ class SelfAttention(Attention):
 resampling_modes = ("conv", "same", "pool")
 
 
-def _check_resampling(mode, c_in, c_out):
-    "ValueError for an unknown mode, or for channels that pooling would have to change."
-    choice("resampling", mode, resampling_modes)
-    if mode == "pool" and c_in != c_out:
+def _check_resampling(resample, c_in, c_out):
+    "ValueError for an unknown way, or for channels that pooling would have to change."
+    choice("resample", resample, resampling_modes)
+    if resample == "pool" and c_in != c_out:
         raise ValueError(f"pooling keeps the number of channels, so {c_in} cannot become {c_out}; use conv")
 
 
-def downsample(c_in, c_out, mode="conv"):
+def downsample(c_in, c_out, resample="conv"):
     """Half the resolution: `(B, c_in, H, W)` to `(B, c_out, H/2, W/2)`.
 
     `conv` is a strided convolution that pads all round and rounds H/2 up. `same` pads right and below only,
     as the code of Ho et al. 2020 does, for even H and W. `pool` is the mean of 2 × 2 pixels.
-    Raises: ValueError for another `mode`, or c_in ≠ c_out with `pool`.
+    Raises: ValueError for another `resample`, or c_in ≠ c_out with `pool`.
     """
-    _check_resampling(mode, c_in, c_out)
-    if mode == "pool":
+    _check_resampling(resample, c_in, c_out)
+    if resample == "pool":
         return nn.AvgPool2d(kernel_size=2, ceil_mode=True)
-    if mode == "same":
+    if resample == "same":
         right_and_below = nn.ZeroPad2d((0, 1, 0, 1))
         return nn.Sequential(right_and_below, nn.Conv2d(c_in, c_out, kernel_size=3, stride=2))
     return nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)
 
 
-def upsample(c_in, c_out, mode="conv"):
+def upsample(c_in, c_out, resample="conv"):
     """Twice the resolution: `(B, c_in, H, W)` to `(B, c_out, 2H, 2W)`.
 
     Each pixel is repeated; a convolution follows, except with `pool`.
-    Raises: ValueError for another `mode`, or c_in ≠ c_out with `pool`.
+    Raises: ValueError for another `resample`, or c_in ≠ c_out with `pool`.
     """
-    _check_resampling(mode, c_in, c_out)
+    _check_resampling(resample, c_in, c_out)
     nearest = nn.Upsample(scale_factor=2, mode="nearest")
-    if mode == "pool":
+    if resample == "pool":
         return nearest
     return nn.Sequential(nearest, nn.Conv2d(c_in, c_out, kernel_size=3, padding=1))
 

@@ -64,18 +64,18 @@ class Parameter(NamedTuple):
 
 
 def _parameter(assignment, source):
-    "The `Parameter` of an assignment in the syntax tree of a `parameters` cell, whose text is `source`."
+    "The `Parameter` that an assignment makes: a node of the syntax tree of the cell whose text is `source`."
     name = ast.unparse(assignment.targets[0])
     try:
         default = ast.literal_eval(assignment.value)
     except ValueError:
-        default = None
+        default = None  # no literal: refused in the next line, as None is no kind of parameter
     if type(default) not in parameter_kinds:
         kinds = ", ".join(kind.__name__ for kind in parameter_kinds)
         raise ValueError(f"the parameter {name} must be a plain {kinds}; derive other values in a later cell")
-    # Columns of a syntax tree count bytes of UTF-8, not characters.
-    last_line = source.splitlines()[assignment.end_lineno - 1].encode()
-    rest_of_line = last_line[assignment.end_col_offset :].decode()
+    last_line = source.splitlines()[assignment.end_lineno - 1]
+    # end_col_offset counts bytes of UTF-8, not characters
+    rest_of_line = last_line.encode()[assignment.end_col_offset :].decode()
     comment = rest_of_line.partition("#")[2].strip()
     return Parameter(name, type(default), default, comment)
 
@@ -209,13 +209,17 @@ def parameters_given_in(namespace, spec):
 
 
 def _last_parameters_cell(history, spec):
-    "Where in IPython's history the parameters cell was executed last; None where it was not."
-    found = None
-    for i, source in enumerate(history):
-        known = spec.keys() & set(_assigned(source))
-        if len(known) > len(spec) / 2:
-            found = i
-    return found
+    """The index in IPython's history of the parameters cell's last execution; None where it was not executed.
+
+    Whoever steps through a notebook may have edited that cell. So it counts as that cell if it assigns
+    more than half of the parameters of `spec`.
+    """
+    last = None
+    for index, source in enumerate(history):
+        assigned = spec.keys() & set(_assigned(source))
+        if len(assigned) > len(spec) / 2:
+            last = index
+    return last
 
 
 def _may_be_given(name, value):

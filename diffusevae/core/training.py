@@ -121,15 +121,19 @@ def rows_of_step(
     seed,  # of the order of each epoch
     device=None,  # where the rows are wanted, None for the CPU
 ):
-    "Which images make the batch of a step, int64 `(batch_size,)`: the next piece of the epochs' orders."
-    start = step * batch_size  # images that were taken before this step
+    """The rows of the images in a step's batch, int64 `(batch_size,)`.
+
+    The orders of all epochs are laid end to end, and each step takes the next `batch_size` rows of that line.
+    """
+    position = step * batch_size  # in that line
     missing = batch_size
     pieces = []
     while missing > 0:
-        epoch, place = divmod(start, n)
-        piece = epoch_order(epoch, n, seed, device)[place : place + missing]
+        epoch, offset = divmod(position, n)
+        order = epoch_order(epoch, n, seed, device)
+        piece = order[offset : offset + missing]  # shorter than `missing` where the epoch ends
         pieces.append(piece)
-        start += len(piece)
+        position += len(piece)
         missing -= len(piece)
     return torch.cat(pieces)
 
@@ -244,7 +248,7 @@ class Trainer:
         self.step = 0  # steps that are done
         self.seconds = 0.0  # of training, those before an interruption included
         self.best = math.inf  # lowest validation loss so far
-        self.bad = 0  # validations since then
+        self.without_gain = 0  # validations since then
 
     def _accelerate(self):
         settings = self.settings
@@ -258,7 +262,7 @@ class Trainer:
     def finished(self):
         "Is the last step done, or has `patience` run out?"
         settings = self.settings
-        out_of_patience = settings.patience > 0 and self.bad >= settings.patience
+        out_of_patience = settings.patience > 0 and self.without_gain >= settings.patience
         return self.step >= settings.steps or out_of_patience
 
     def due(self, every):
@@ -334,9 +338,9 @@ class Trainer:
                 save_system(self.run_dir / "best.safetensors", self.system, step=self.step, **means)
         if better:
             self.best = means["validation_loss"]
-            self.bad = 0
+            self.without_gain = 0
         else:
-            self.bad += 1
+            self.without_gain += 1
         return means
 
     def fingerprint(self):
@@ -362,7 +366,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
-            "bad": self.bad,
+            "bad": self.without_gain,
         }
         save_training(self.last, self.system, self.averages, self.optimizers, info)
         if not self.validation:
@@ -372,9 +376,9 @@ class Trainer:
     def resume(self):
         """Go on from `last.safetensors`.
 
-        Raises: ValueError where the file is damaged, or of another training, with what differs.
+        Raises: ValueError where the file is damaged, or comes from another training; it says what differs.
         """
-        info = restore_training(
+        info = restore_training(  # puts weights, averages and optimizers in place
             self.last,
             self.system,
             self.averages,
@@ -385,7 +389,7 @@ class Trainer:
         self.step = info["step"]
         self.seconds = info["seconds"]
         self.best = info["best"]
-        self.bad = info["bad"]
+        self.without_gain = info["bad"]
 
 # %% ../../nbs/1_core/11_training.ipynb #training-34
 def train(system, images, settings, run_dir):

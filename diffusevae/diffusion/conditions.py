@@ -20,13 +20,13 @@ class Cond:
     Raises: ValueError when a part has no batch axis or the parts differ in batch size.
     """
 
-    image: torch.Tensor | None = None  # float `(B, C, H, W)`, to be refined; put beside x_t
+    image: torch.Tensor | None = None  # float `(B, C, H, W)`, to be refined; joined to the channels of x_t
     z: torch.Tensor | None = None  # float `(B, d)`, a latent code
     label: torch.Tensor | None = None  # int64 `(B,)`, a class, or -1 for "no class"
 
     def __post_init__(self):
         shapes = {name: tuple(part.shape) for name, part in self.parts().items()}
-        first_axes = {shape[:1] for shape in shapes.values()}
+        first_axes = {shape[:1] for shape in shapes.values()}  # () is that of a part without axes
         if len(first_axes) > 1 or () in first_axes:
             listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise ValueError(
@@ -39,14 +39,14 @@ class Cond:
         return {name: part for name, part in parts.items() if part is not None}
 
     def map(self, function):
-        "The condition with `function(name, part)` in each part's place."
+        "A condition in which `function(name, part)` replaces each part."
         parts = {name: function(name, part) for name, part in self.parts().items()}
         return replace(self, **parts)
 
     def __getitem__(self, i):
-        "The rows `i` of every part, still a batch: a slice, a list, a mask, or one index."
+        "The condition of the samples `i`, still a batch; `i` is a slice, a list, a mask, or one index."
         if isinstance(i, int):
-            i = [i]
+            i = [i]  # a list keeps the batch axis
         return self.map(lambda name, part: part[i])
 
 # %% ../../nbs/4_diffusion/03_conditions.ipynb #conditions-15
@@ -54,7 +54,7 @@ null_label = -1
 
 # %% ../../nbs/4_diffusion/03_conditions.ipynb #conditions-16
 def null_condition(cond):
-    """The condition that says nothing: zero images and codes, the null label, shapes and types kept.
+    """A condition of the same shapes and types that says nothing: images and codes of zeros, the null label.
 
     Source: Ho and Salimans 2022, section 3.2.
     """
@@ -68,7 +68,7 @@ def null_condition(cond):
 def check_labels(label, n, classes, least=null_label):
     """Check that `label` is int64 `(n,)`, one for each of n samples, within `least` … `classes` - 1.
 
-    Raises: ValueError that says what is wrong; on another device than the CPU the values are not looked at.
+    Raises: ValueError that says what is wrong; only on the CPU are the values checked.
     """
     if label is None:
         raise ValueError(f"{n} samples need {n} labels, one for each, got none")
@@ -78,8 +78,8 @@ def check_labels(label, n, classes, least=null_label):
         raise ValueError(f"labels must be int64, got {label.dtype}; convert them by .long()")
     if not label.is_cpu:
         return  # to read the values would mean to wait for the device in every step
-    known = (label >= least) & (label < classes)
-    if not known.all():
+    in_range = (label >= least) & (label < classes)
+    if not in_range.all():
         or_none = f", or be {null_label} for no class" if least < 0 else ""
         raise ValueError(
             f"labels must lie in 0 … {classes - 1}{or_none}; got {int(label.min())} … {int(label.max())}"
@@ -87,10 +87,9 @@ def check_labels(label, n, classes, least=null_label):
 
 # %% ../../nbs/4_diffusion/03_conditions.ipynb #conditions-24
 def drop_parts(cond, p):
-    """The condition in which each sample is null with probability `p`: what guidance trains on.
+    """The condition `cond` with each sample made null with probability `p`; guidance needs such training.
 
-    All parts of a sample go together. There is one draw for each, from the global generator of the parts'
-    device.
+    All parts of a sample become null together, by one draw from the global generator of the parts' device.
 
     Raises: ValueError for p outside [0, 1].
     Source: Ho and Salimans 2022, algorithm 1.
@@ -102,9 +101,9 @@ def drop_parts(cond, p):
         return cond
     first = next(iter(parts.values()))
     dropped = torch.rand(len(first), device=first.device) < p  # `(B,)`, one draw a sample
-    nothing = null_condition(cond)
+    null = null_condition(cond)
 
     def drop(name, part):
-        return torch.where(column(dropped, part), getattr(nothing, name), part)
+        return torch.where(column(dropped, part), getattr(null, name), part)
 
     return cond.map(drop)

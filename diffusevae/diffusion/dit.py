@@ -19,7 +19,7 @@ from .unet import Denoiser, Embedding
 def grid_positions(side, width):
     """Sines and cosines of the places on a `side` × `side` grid, row by row: `(side², width)` in [-1, 1].
 
-    The first half of the numbers is the column's, the second the row's.
+    The first half of each vector tells the column, the second half the row.
 
     Raises: ValueError unless 4 divides `width`.
     Source: Vaswani et al. 2017, section 3.5, for each axis; the code of Peebles and Xie 2023.
@@ -28,9 +28,9 @@ def grid_positions(side, width):
         raise ValueError(
             f"the width must be a multiple of 4 (a sine and a cosine for each of two axes), got {width}"
         )
-    line = time_embedding(torch.arange(side), width // 2)
-    columns = line.repeat(side, 1)
-    rows = line.repeat_interleave(side, dim=0)
+    one_axis = time_embedding(torch.arange(side), width // 2)  # (side, width / 2)
+    columns = one_axis.repeat(side, 1)  # 0 1 2 … 0 1 2 …
+    rows = one_axis.repeat_interleave(side, dim=0)  # 0 0 0 … 1 1 1 …
     return torch.cat([columns, rows], dim=1)
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-15
@@ -43,9 +43,9 @@ def modulate(x, shift, scale):
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-16
 class DiTBlock(nn.Module):
-    """Attention between tokens and a small network for each: `(B, N, width)` to the same shape.
+    """Attention between tokens, then a small network for each token: `(B, N, width)` to the same shape.
 
-    The embedding, `(B, width)`, shifts, scales and gates both.
+    The shifts, scales and gates of both are computed from the embedding `(B, width)`.
 
     Raises: ValueError when `heads` does not divide `width`.
     Source: Peebles and Xie 2023, section 3.2, adaLN-Zero.
@@ -73,7 +73,7 @@ class DiTBlock(nn.Module):
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-20
 class DiTFinal(nn.Module):
-    """Tokens to the numbers of their patches: `(B, N, width) -> (B, N, numbers)`.
+    """The last layer, from tokens to the numbers in their patches: `(B, N, width) -> (B, N, numbers)`.
 
     The embedding `(B, width)` shifts and scales the tokens before the last map.
 
@@ -92,9 +92,10 @@ class DiTFinal(nn.Module):
 
 
 def unpatch(tokens, patch):
-    """Tokens `(B, N, p·p·C)` to an image `(B, C, H, W)`, the patches row by row on a square grid.
+    """The image `(B, C, H, W)` that tokens `(B, N, p·p·C)` are patches of, row by row on a square grid.
 
-    Within a patch the channel is fastest; a linear map of the tokens makes any other order equivalent.
+    A token holds its p × p pixels row by row, and for each pixel its C channels. Any other order would serve
+    as well, since the linear map that computes the tokens is learned.
 
     Source: the code of Peebles and Xie 2023.
     """
@@ -106,10 +107,10 @@ def unpatch(tokens, patch):
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-23
 def _initialise(net):
-    "Initial weights as published: Xavier for maps and patches, 0.02 for time and class, zero for the ends."
+    "Set the published initial weights: Xavier, a deviation of 0.02 for time and class, 0 where blocks end."
     linear_maps = [m for m in net.modules() if isinstance(m, nn.Linear)]
     for module in [*linear_maps, net.stem]:
-        nn.init.xavier_uniform_(module.weight.flatten(1))
+        nn.init.xavier_uniform_(module.weight.flatten(1))  # the stem's weights too as one matrix
         nn.init.zeros_(module.bias)
 
     embedding = net.embedding
@@ -127,13 +128,13 @@ def _initialise(net):
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-24
 @configured
 class DiT(Denoiser):
-    """A denoiser `model(x_t, t, cond=None)` of patches.
+    """A transformer as a denoiser `model(x_t, t, cond=None)`; its tokens are the patches of the image.
 
     It maps `(B, channels, size, size)` to `(B, outputs, size, size)`; t is the process's time input, float
     `(B,)`.
 
-    Raises: ValueError for a size that `patch` does not divide, for a width that is no multiple of 4 and of
-    `heads`, and for inputs that it was not built for.
+    Raises: ValueError for a size that `patch` does not divide, for a width that 4 or `heads` does not divide,
+    and for inputs that the network was not built for.
     Source: Peebles and Xie 2023, section 3.2.
     """
 
@@ -143,11 +144,11 @@ class DiT(Denoiser):
         channels=4,  # of the images
         patch=2,  # pixels of a side of a patch
         width=384,  # numbers of a token
-        depth=12,  # blocks
-        heads=6,  # of each attention
-        classes=0,  # labels in the condition, 0 for none; -1 is "no class"
-        image_channels=0,  # of an image in the condition, 0 for none
-        z_dim=0,  # numbers of a code in the condition, 0 for none
+        depth=12,  # number of blocks
+        heads=6,  # number of heads of each attention
+        classes=0,  # number of classes in the condition, 0 for none; the label -1 is "no class"
+        image_channels=0,  # channels of the image in the condition, 0 for none
+        z_dim=0,  # length of the code in the condition, 0 for none
         outputs=None,  # channels returned; None is `channels`, a learned variance needs twice as many
         mlp_ratio=4.0,  # hidden units of a block's small network, in units of the width
         time_scale=1.0,  # multiplies t: about 1000 where the network is told √abar in [0, 1]
@@ -158,7 +159,9 @@ class DiT(Denoiser):
         if size % patch:
             raise ValueError(f"size {size} cannot be cut into patches of {patch}; choose a divisor")
         self.patch = patch
-        self.embedding = Embedding(256, width, z_dim, classes, scale=time_scale, shift=freq_shift)
+        self.embedding = Embedding(
+            width=256, dim=width, z_dim=z_dim, classes=classes, scale=time_scale, shift=freq_shift
+        )
         self.stem = nn.Conv2d(channels + image_channels, width, kernel_size=patch, stride=patch)
         self.register_buffer("places", grid_positions(size // patch, width), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))

@@ -371,7 +371,7 @@ def from_diffusers(
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-28
 def _cosine(T, start, end):
-    "The cosine schedule, which has no ends to choose."
+    "The cosine schedule, called like the others; it has no use for `start` and `end`."
     return schedules.cosine(T)
 
 

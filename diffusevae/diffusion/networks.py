@@ -85,36 +85,36 @@ published_networks = {
 
 
 def preset(name, **arguments):
-    """The untrained network called `name` in `published_networks`; `arguments` take the place of its own.
+    """The network called `name` in `published_networks`, untrained; `arguments` replace those given there.
 
-    Raises: ValueError that lists the names for an unknown one.
+    Raises: ValueError for an unknown name; it lists the known ones.
     """
-    network, own = choice("network", name, published_networks)
-    return network(**{**own, **arguments})
+    network_class, published_arguments = choice("network", name, published_networks)
+    return network_class(**{**published_arguments, **arguments})
 
 # %% ../../nbs/4_diffusion/06_networks.ipynb #networks-dit-34
 def make_denoiser(
     network,  # unet, dit, or a name in `published_networks`
-    process,  # says how many outputs the network needs, and whether it is told t or a noise level
+    process,  # a `Diffusion`; it knows how many outputs are needed, and whether the time is t or a noise level
     size,  # pixels of a side of the square images
     channels,  # of the images
-    classes=0,  # labels in the condition, 0 for none
-    image_channels=0,  # of an image in the condition, 0 for none
-    z_dim=0,  # numbers of a code in the condition, 0 for none
+    classes=0,  # number of classes in the condition, 0 for none
+    image_channels=0,  # channels of the image in the condition, 0 for none
+    z_dim=0,  # length of the code in the condition, 0 for none
     width=64,  # unet: channels at the first resolution; dit: numbers of a token
     multipliers=(1, 1),  # unet: channels at each resolution, in units of the width
     blocks=1,  # unet: residual blocks at each resolution
     attention=(),  # unet: resolutions in pixels that have attention besides the lowest
-    heads=1,  # of each attention
-    depth=6,  # dit: blocks
+    heads=1,  # unet and dit: number of heads of each attention
+    depth=6,  # dit: number of blocks
     dropout=0.0,  # a published network keeps its own if this is 0
     patch=1,  # pixels of a side that are folded into channels before the network
 ):
     """The denoiser that `network` names, for images `(channels, size, size)` and this `process`.
 
-    A published network keeps its own width, depth and patch.
+    A published network keeps its own width, multipliers, blocks, attention, heads, depth and patch.
 
-    Raises: ValueError that lists the names for an unknown one.
+    Raises: ValueError for an unknown name; it lists the known ones.
     """
     choice("network", network, ["unet", "dit", *published_networks])
     task = dict(
@@ -124,7 +124,7 @@ def make_denoiser(
         z_dim=z_dim,
         classes=classes,
         outputs=process.outputs(channels),
-        time_scale=1000.0 if process.continuous else 1.0,
+        time_scale=1000.0 if process.continuous else 1.0,  # √abar ≤ 1 is stretched to the range of t
     )
     if network == "unet":
         return UNet(

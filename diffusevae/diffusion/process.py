@@ -16,16 +16,16 @@ from .schedules import NoiseLevels, at_time
 
 # %% ../../nbs/4_diffusion/02_process.ipynb #process-18
 def posterior_weights(abar, abar_prev):
-    """Weights of x0 and of x_t in the mean of q(x_s | x_t, x0), and its variance.
+    """q(x_s | x_t, x0) in three numbers: the weight of x0 in its mean, the weight of x_t in it, its variance.
 
-    `abar` is abar_t and `abar_prev` is abar_s, with abar_t < abar_s ≤ 1; all five are tensors of one shape.
+    `abar` is ᾱ_t and `abar_prev` is ᾱ_s, with ᾱ_t < ᾱ_s ≤ 1. Arguments and results are tensors of one shape.
 
     Source: Ho et al. 2020, equations 6 and 7; for skipped steps Nichol and Dhariwal 2021, equation 19.
     """
-    alpha = abar / abar_prev  # α, the share of x_s that x_t keeps
-    of_x0 = abar_prev.sqrt() * (1 - alpha) / (1 - abar)  # √ᾱ_s (1 - α) / (1 - ᾱ_t), equation 7
-    of_x_t = alpha.sqrt() * (1 - abar_prev) / (1 - abar)  # √α (1 - ᾱ_s) / (1 - ᾱ_t), equation 7
-    variance = (1 - alpha) * (1 - abar_prev) / (1 - abar)  # (1 - α)(1 - ᾱ_s) / (1 - ᾱ_t), equation 7
+    alpha = abar / abar_prev  # from s to t, x_s is scaled by √α
+    of_x0 = abar_prev.sqrt() * (1 - alpha) / (1 - abar)
+    of_x_t = alpha.sqrt() * (1 - abar_prev) / (1 - abar)
+    variance = (1 - alpha) * (1 - abar_prev) / (1 - abar)
     return of_x0, of_x_t, variance
 
 # %% ../../nbs/4_diffusion/02_process.ipynb #process-33
@@ -56,9 +56,9 @@ variances = ("fixed_small", "fixed_large", "learned_range")
 
 
 def _prediction_of(out, x_t):
-    """The channels of an output that speak of x_t, in its type.
+    """The prediction in a network's output: its first C channels, where x_t has C, in the type of x_t.
 
-    ValueError unless there are as many or twice as many.
+    Raises: ValueError unless the output has C or 2C channels.
     """
     channels = x_t.shape[1]
     if out.shape[1] not in (channels, 2 * channels):
@@ -71,15 +71,14 @@ def _prediction_of(out, x_t):
 # %% ../../nbs/4_diffusion/02_process.ipynb #process-42
 @configured
 class Diffusion(nn.Module):
-    """Noising, what a network's output means, and the step back, at the noise levels of one `schedule`.
+    """A diffusion process on one `schedule`: it adds noise, reads a network's output, and steps back.
 
-    Times t are int64 `(B,)`, or `(1,)` for all samples alike, in 0 … T-1, t = 0 the least noisy; x is
-    `(B, …)`, images `(B, C, H, W)`. A network's output is `(B, C, …)`, or `(B, 2C, …)` with a learned
-    variance behind the prediction, of any float type.
+    Times t are int64 in 0 … T-1, `(B,)`, or `(1,)` for one time that all samples share; t = 0 is the least
+    noisy. x is `(B, …)`, for images `(B, C, H, W)`. A network's output has any float type and the shape
+    `(B, C, …)`, or `(B, 2C, …)` where a learned variance follows the prediction.
 
-    Raises: ValueError for an unknown `predict` or `variance`, for `eps` on a schedule that ends without
-    signal, where it says nothing of x0, and for an output of other channels; RuntimeError for a t outside of
-    the schedule.
+    Raises: ValueError for an unknown `predict` or `variance`, for `eps` on a schedule that ends at abar = 0,
+    and for an output with another number of channels; RuntimeError for a t outside of the schedule.
     Source: Ho et al. 2020, sections 2 and 3.
     """
 
@@ -87,7 +86,7 @@ class Diffusion(nn.Module):
         self,
         schedule,  # a `Schedule`: the noise level at each t
         predict="eps",  # what the network answers: the noise eps, the clean image x0, or the velocity v
-        variance="fixed_small",  # of a step back: fixed_small the posterior's, fixed_large the forward step's
+        variance="fixed_small",  # of a step back: the posterior's; fixed_large: 1 - α; learned_range: between
         continuous=False,  # True: the network is told √abar_t in place of t, and serves any schedule
     ):
         super().__init__()
@@ -119,29 +118,30 @@ class Diffusion(nn.Module):
         return at_time(self.schedule.sqrt_1m_abar, t, x)
 
     def abar(self, t, x):
-        "abar_t in its own precision, shaped to multiply `x`; 1 for t = -1, before the first step."
-        known = self.schedule.abar.gather(0, t.clamp(min=0))
-        return column(torch.where(t < 0, 1.0, known), x)
+        "abar_t, shaped to multiply `x` but in the schedule's own type; 1 for t = -1, which stands for x0."
+        abar = self.schedule.abar.gather(0, t.clamp(min=0))
+        return column(torch.where(t < 0, 1.0, abar), x)
 
     def time_input(self, t):
-        """What the network sees of t, float `(B,)`: the index, or √abar_t in [0, 1] if `continuous`.
+        """The number that tells the network the time, float `(B,)`: t, or √abar_t in [0, 1] if `continuous`.
 
         Source: Chen et al. 2021, section 3.3.
         """
         if self.continuous:
-            return self.abar(t, t).sqrt().float()
+            abar = self.abar(t, t)  # shaped to multiply t, so it stays `(B,)`
+            return abar.sqrt().float()
         return t.float()
 
     def abar_seen(self, seen, x):
-        "abar behind a time input `(B,)`, shaped to multiply `x`: `time_input` read backwards."
+        "The abar that a time input `seen` `(B,)` stands for, shaped to multiply `x`: `time_input` inverted."
         if self.continuous:
             return column(seen.to(self.schedule.abar.dtype) ** 2, x)
         return self.abar(seen.long(), x)
 
     def at_levels(self, abar):
-        """The process at noise levels `abar` `(B,)` in no order, sample i at t = i.
+        """This process with the noise levels `abar` `(B,)`, in any order: level i is at t = i.
 
-        A batch of `continuous_levels` needs it.
+        With it, a batch whose levels `continuous_levels` has drawn is noised: sample i has level i.
         """
         return _ProcessAtLevels(self, abar)
 
@@ -152,20 +152,25 @@ class Diffusion(nn.Module):
         return self.signal(t, x0) * x0 + self.noise(t, x0) * noise
 
     def eps_from_x0(self, x0, x_t, t):
-        "The noise that leads from `x0` to `x_t`: equation 4 of Ho et al. 2020, solved for it."
+        "The noise that leads from `x0` to `x_t`: equation 4 of Ho et al. 2020, solved for the noise."
         return (x_t - self.signal(t, x_t) * x0) / self.noise(t, x_t)
 
-    # what an output means
+    # what a network's output means
 
     def outputs(self, channels):
-        "Channels that a network for images of `channels` must return: twice as many for a learned variance."
+        "How many channels a network must return for images of `channels`: twice as many to learn the variance."
         return 2 * channels if self.variance == "learned_range" else channels
 
     def target(self, x0, noise, t):
-        "What the network is asked for. v = √abar·noise - √(1-abar)·x0: Salimans and Ho 2022, section 4."
-        if self.predict == "v":
-            return self.signal(t, x0) * noise - self.noise(t, x0) * x0
-        return noise if self.predict == "eps" else x0
+        """The tensor that the network should return: the noise, x0, or v = √abar_t·noise - √(1 - abar_t)·x0.
+
+        Source: Salimans and Ho 2022, section 4.
+        """
+        if self.predict == "eps":
+            return noise
+        if self.predict == "x0":
+            return x0
+        return self.signal(t, x0) * noise - self.noise(t, x0) * x0
 
     def to_x0(self, out, x_t, t):
         """The x0 that an output implies, of x_t's shape and type.
@@ -216,13 +221,15 @@ class Diffusion(nn.Module):
         """
         abar, abar_prev = self._abars(x_t, t, t_prev)
         of_x0, of_x_t, small = posterior_weights(abar, abar_prev)
+        large = 1 - abar / abar_prev  # 1 - α, the variance of the forward step
         if self.variance == "fixed_small":
             variance = small
         elif self.variance == "fixed_large":
-            variance = 1 - abar / abar_prev
+            variance = large
         else:
+            # the posterior's variance of the last step is 0, which has no logarithm
             small = torch.where(small > 0, small, self.smallest_variance())
-            variance = learned_variance(out, x_t, large=1 - abar / abar_prev, small=small)
+            variance = learned_variance(out, x_t, large=large, small=small)
         mean = of_x0.to(x_t.dtype) * x0 + of_x_t.to(x_t.dtype) * x_t
         return mean, variance.to(x_t.dtype)
 
@@ -231,17 +238,18 @@ class Diffusion(nn.Module):
 
         Source: Ho et al. 2020, section 3.2.
         """
-        _, variance = self.step_back(x_t, x_t, t, t_prev, out)
+        x0 = x_t  # any x0 will do: only the mean depends on it
+        _, variance = self.step_back(x0, x_t, t, t_prev, out)
         return variance.expand_as(x_t)
 
     def smallest_variance(self):
-        """The posterior's variance from t = 1 to 0, a scalar.
+        """The posterior's variance of the step from t = 1 to t = 0, a scalar.
 
-        It stands for that of the last step, which is 0 and has no logarithm.
+        It replaces the variance of the last step, which is 0 and has no logarithm.
         """
         abar = self.schedule.abar
         if len(abar) == 1:
-            return 1 - abar[0]
+            return 1 - abar[0]  # there is no t = 1; this is the variance of the only forward step
         _, _, variance = posterior_weights(abar[1], abar[0])
         return variance
 
@@ -253,7 +261,7 @@ class Diffusion(nn.Module):
 
 
 class _ProcessAtLevels(Diffusion):
-    "A process at noise levels without an order, for one batch; nobody rebuilds a batch, so it has no config."
+    "A process whose noise levels have no order, made for one batch. It is never saved, so it needs no config."
 
     def __init__(self, process, abar):
         super().__init__(NoiseLevels(abar), process.predict, process.variance, process.continuous)
@@ -271,8 +279,8 @@ def ideal_denoiser(process, centres, s):
     """The best possible denoiser for data that are a mixture of Gaussians, by E[x0 | x_t] in closed form.
 
     The Gaussians have equal weights, `centres` `(K, C, H, W)` and the standard deviation `s` in every
-    direction; with s = 0 the centres are a finite data set. The model's output is what `process` asks for. It
-    judges samplers and bounds: whatever is off is not the network's fault.
+    direction; with s = 0 the centres are a finite data set. The model returns what `process` predicts. It tests
+    samplers and bounds: whatever is wrong with them is then no error of a network.
 
     Source: Karras et al. 2022, appendix B.3, for s = 0.
     """

@@ -32,24 +32,26 @@ def linear(T=1000, start=1e-4, end=0.02):
 def quadratic(T=1000, start=1e-4, end=0.02):
     """Betas whose square roots go in equal steps from √`start` to √`end`: float64 `(T,)`.
 
-    Source: Ho et al. 2020, appendix B, tried it; the formula is their code's.
+    Source: tried by Ho et al. 2020, appendix B; the formula is that of their code.
     """
     return linear(T, start**0.5, end**0.5) ** 2
 
 
 def scaled_linear(T=1000, start=0.00085, end=0.012):
-    """Betas whose square roots go in equal steps, with the ends of latent diffusion: float64 `(T,)`.
+    """Betas whose square roots go in equal steps from √`start` to √`end`: float64 `(T,)`.
 
-    Source: Rombach et al. 2022; the ends are their code's.
+    The default ends are those of latent diffusion.
+
+    Source: Rombach et al. 2022; the ends are those of their code.
     """
     return quadratic(T, start, end)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-12
 def betas_of(abar, T, largest=0.999):
-    """Betas, float64 `(T,)`, whose products of 1 - beta follow a curve.
+    """Betas, float64 `(T,)`, such that the product of the first n values of 1 - beta is abar(n/T) / abar(0).
 
-    The curve `abar` is a function of u in [0, 1], float64 tensors, and is met up to a factor; no beta exceeds
-    `largest`.
+    `abar` is a falling function of u in [0, 1] that takes and returns float64 tensors. No beta exceeds
+    `largest`, which keeps the last ones away from 1 where the function falls to 0.
 
     Source: Nichol and Dhariwal 2021, section 3.2.
     """
@@ -72,17 +74,17 @@ def cosine(T=1000, s=0.008):
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-20
 def sigmoid(T=1000, start=-3.0, end=3.0, tau=1.0):
-    """Betas of a curve abar(u) that is a falling sigmoid from 1 to 0: float64 `(T,)`.
+    """Betas of a curve abar(u) that falls from 1 to 0 as a sigmoid does: float64 `(T,)`.
 
-    `start` and `end` are where the logistic function is cut off, in units of the temperature `tau`.
+    The curve is the logistic function between `start / tau` and `end / tau`, turned upside down and stretched.
 
-    Source: Jabri et al. 2022; the formula Chen 2023, algorithm 1.
+    Source: Jabri et al. 2022; the formula is that of Chen 2023, algorithm 1.
     """
     first, last = torch.sigmoid(torch.tensor([start / tau, end / tau], dtype=torch.float64))
 
     def abar(u):
-        place = u * (end - start) + start  # from b to e
-        return (last - torch.sigmoid(place / tau)) / (last - first)
+        x = u * (end - start) + start  # rises from start to end
+        return (last - torch.sigmoid(x / tau)) / (last - first)
 
     return betas_of(abar, T)
 
@@ -97,7 +99,7 @@ schedules_by_name = {
 
 
 def make_betas(name, T=1000, **settings):
-    """Betas of the schedule called `name`: float64 `(T,)`; `settings` are its other arguments.
+    """Betas of the schedule called `name`: float64 `(T,)`; `settings` are the schedule's other arguments.
 
     Raises: ValueError for an unknown name or T < 2.
     """
@@ -107,13 +109,13 @@ def make_betas(name, T=1000, **settings):
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-27
 class NoiseLevels(nn.Module):
-    """Noise levels `abar` `(N,)` in [0, 1), in any order, with their roots: float64 buffers in no checkpoint.
+    """Noise levels `abar` `(N,)` in [0, 1), in any order, and the roots √abar and √(1 - abar).
 
-    It holds what follows from a level alone. A `Schedule` is a row of levels that falls; a batch trained on
-    continuous levels has one for each sample.
+    All three are float64 buffers that no checkpoint holds. In a `Schedule` the levels fall from one time to
+    the next; in a batch that is trained on continuous levels each sample has a level of its own.
     """
 
-    zero_terminal = False  # a plain bool: nobody has to read a table that may lie on a GPU
+    zero_terminal = False  # is the last abar 0? A plain bool, since reading it from a GPU would mean waiting
 
     def __init__(self, abar):
         super().__init__()
@@ -129,13 +131,14 @@ class NoiseLevels(nn.Module):
 
     def _apply(self, fn, recurse=True):
         "Follow the device, but never a cast: abar keeps the widest type that the device has."
+        # `fn` is what .to() or .double() does to each tensor; an empty one shows where the buffers shall go
         device = fn(torch.empty(0, device=self.abar.device)).device
         for name, table in self._buffers.items():
             self._buffers[name] = table.to(device, widest_float(device))
         return self
 
     def log_snr(self):
-        """Signal against noise, log(abar / (1 - abar)), float64 `(N,)`; -inf without signal.
+        """Logarithm of the signal-to-noise ratio, log(abar / (1 - abar)): float64 `(N,)`, -inf where abar is 0.
 
         Source: Kingma et al. 2021, equation 2.
         """
@@ -153,9 +156,9 @@ def _are_betas(betas):
 
 @configured
 class Schedule(NoiseLevels):
-    """The noise levels that follow from `betas` `(T,)`, t = 0 the least noisy, and `betas` beside them.
+    """The noise levels of T times: abar_t is the product of 1 - beta up to t, and t = 0 is the least noisy.
 
-    `zero_terminal` says whether abar ends at 0.
+    `betas` `(T,)` is a buffer too. `zero_terminal` says whether the last abar is 0.
 
     Raises: ValueError for betas not strictly between 0 and 1; the last may be 1, and then no signal is left.
     Source: Ho et al. 2020, section 2.
@@ -174,9 +177,9 @@ class Schedule(NoiseLevels):
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-34
 def zero_terminal_snr(betas):
-    """The same schedule, changed so that nothing of the image is left at T - 1: betas, float64 `(T,)`.
+    """The betas of a schedule, changed so that no signal is left at the last time: float64 `(T,)`.
 
-    √abar is shifted to end at 0 and scaled to begin where it did; the last beta is 1.
+    √abar is shifted to end at 0 and then scaled, so that its first value stays the same. The last beta is 1.
 
     Source: Lin et al. 2024, algorithm 1.
     """
@@ -184,15 +187,15 @@ def zero_terminal_snr(betas):
     first, last = root[0], root[-1]
     root = (root - last) * first / (first - last)
     abar = root**2
-    abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
+    abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])  # abar_{t-1}, and 1 before t = 0
     return 1 - abar / abar_before
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-38
 def continuous_levels(schedule, t):
-    """Noise levels abar, float64 `(B,)`, around the times t, int64 `(B,)`, drawn by the global generator.
+    """Random noise levels abar, float64 `(B,)`, one for each of the times t, int64 `(B,)`.
 
-    √abar is uniform between its values at t - 1 (1 for t = 0) and at t. A network trained on these works with
-    any schedule.
+    √abar is uniform between the schedule's values at t - 1 (1 for t = 0) and at t, drawn by the global
+    generator. A network that is trained on such levels works with any schedule.
 
     Source: Chen et al. 2021 (WaveGrad), section 3.3.
     """
@@ -203,17 +206,20 @@ def continuous_levels(schedule, t):
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-44
 def at_time(table, t, x):
-    """Entries t, int64 `(B,)` in 0 … T-1, of a schedule's table, shaped to multiply `x` and in its type.
+    """The entries of a schedule's `table` `(T,)` at the times t, shaped to multiply `x` and in the type of `x`.
+
+    The times are int64 `(B,)` in 0 … T-1.
 
     Raises: RuntimeError for a t outside the table (on CUDA as a device-side assertion).
     """
-    return column(table.gather(0, t).to(x.dtype), x)
+    entries = table.gather(0, t)  # table[t] would take t = -1 for the last time
+    return column(entries.to(x.dtype), x)
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-47
 def even_log_snr(log_snr, steps, least=-10.2):
-    """`steps` times, rising, float `(steps,)` in 0 … T-1, whose log-SNR is evenly spaced; the last is T-1.
+    """Rising times whose log-SNR is evenly spaced: a NumPy array of floats, `(steps,)` from 0 to T-1.
 
-    `log_snr` is that of a schedule, `(T,)` and falling; values below `least` are raised to it.
+    `log_snr` `(T,)` is that of a schedule, so it falls. Values below `least` are raised to `least`.
 
     Source: Lu et al. 2022 (DPM-Solver), uniform in λ = log-SNR / 2; the bound, λ = -5.1, is their code's for
     the cosine schedule.
@@ -221,6 +227,6 @@ def even_log_snr(log_snr, steps, least=-10.2):
     levels = log_snr.clamp(min=least).cpu().numpy()
     times = np.arange(len(levels))
     wanted = np.linspace(levels[0], levels[-1], steps)
-    places = np.interp(wanted, levels[::-1], times[::-1])  # reversed, since np.interp asks for rising levels
-    places[-1] = times[-1]
-    return places
+    even = np.interp(wanted, levels[::-1], times[::-1])  # reversed, since np.interp asks for rising levels
+    even[-1] = times[-1]  # where several levels were raised to `least`, the last of them is meant
+    return even

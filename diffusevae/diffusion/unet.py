@@ -28,20 +28,20 @@ from .conditions import Cond, check_labels
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-06
 class Embedding(nn.Module):
-    """What every block is told: the time, float `(B,)`, and, where it is taken, the code z and the class.
+    """A vector `(B, dim)` that tells every block the time, float `(B,)`, and perhaps a code z and a class.
 
-    Their sum is a vector `(B, dim)`. The class's table has a last row for "no class", which the null label -1
-    selects.
+    It is the sum of one vector for each of them. The table of the classes has one row more, the last, for
+    "no class"; the null label -1 selects it.
 
     Source: Ho et al. 2020, appendix B; classes as in Dhariwal and Nichol 2021.
     """
 
     def __init__(
         self,
-        width,  # sinusoids of the time, half of them sines
-        dim,  # numbers of the vector
-        z_dim=0,  # numbers of the code z, 0 for none
-        classes=0,  # labels, 0 for none
+        width,  # number of sinusoids of the time, half of them sines
+        dim,  # length of the vector
+        z_dim=0,  # length of the code z, 0 for none
+        classes=0,  # number of classes, 0 for none
         scale=1.0,  # multiplies the time: about 1000 where it is √abar in [0, 1]
         shift=0,  # 1 makes the slowest frequency 1/10000 exactly, as in the code of Ho et al. 2020
     ):
@@ -75,12 +75,12 @@ class UNetStage(nn.Module):
         self,
         c_in,  # channels of the input
         c_out,  # channels of the output
-        emb,  # numbers of the embedding of time and condition
+        emb,  # length of the embedding of time and condition
         dropout=0.0,  # share of the features that training sets to 0
-        heads=0,  # heads of attention, 0 for none
+        heads=0,  # number of heads of the attention, 0 for no attention
         groups=8,  # of the group norms, at most
         scale_shift=True,  # the embedding scales and shifts after the norm; False: it is added before
-        head_channels=0,  # channels of a head, in place of their number; 0 leaves it to `heads`
+        head_channels=0,  # channels of a head: where there is attention, heads = c_out / head_channels; 0: `heads`
     ):
         super().__init__()
         if heads and head_channels:
@@ -99,7 +99,7 @@ class UNetStage(nn.Module):
 class UNetMiddle(nn.Module):
     """The bottom of the U: two residual blocks with attention between them, `(B, c, H, W)` to the same shape.
 
-    `stage(c_in, c_out, heads=…)` makes a block.
+    `stage(c_in, c_out, heads=…)` makes one block, with attention behind it if `heads` is not 0.
 
     Source: Ho et al. 2020, appendix B.
     """
@@ -116,7 +116,7 @@ class UNetMiddle(nn.Module):
 class UNetLevel(nn.Module):
     """One resolution of the U and, inside it, all lower ones: `(B, c_in, H, W) -> (B, widths[0], H, W)`.
 
-    Every tensor of the way down, the level's input included, meets a block of the way up.
+    Each block of the way up also gets one tensor of the way down: the output of a block, or the level's input.
 
     Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B.
     """
@@ -129,8 +129,8 @@ class UNetLevel(nn.Module):
         blocks,  # blocks on the way down; there is one more on the way up
         stage,  # makes a block: `stage(c_in, c_out, heads=…)`
         attention,  # the values of `size` that have attention
-        heads,  # of each attention
-        resample="conv",  # between levels: conv, same or pool
+        heads,  # number of heads of each attention
+        resample="conv",  # how the resolution changes between levels: conv, same or pool
     ):
         super().__init__()
         width = widths[0]
@@ -172,7 +172,7 @@ class UNetLevel(nn.Module):
         self.up = nn.ModuleList(up)
 
     def _below(self, x, emb):
-        "What the lower levels, or the bottom, make of x."
+        "The output of the lower levels for x, in the size of x; at the last level, that of the bottom."
         if isinstance(self.lower, UNetMiddle):
             return self.lower(x, emb)
         to_coarse, inner, to_fine = self.lower
@@ -190,7 +190,10 @@ class UNetLevel(nn.Module):
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-20
 def _check_sizes(size, patch, levels, attention):
-    "ValueError when the image cannot be folded and halved so often; a warning for attention that is nowhere."
+    """Refuse sizes that do not fit, and warn of attention at resolutions that do not occur.
+
+    Raises: ValueError unless `size` can be divided by `patch` and then halved `levels - 1` times.
+    """
     if size % (patch * 2 ** (levels - 1)):
         raise ValueError(
             f"size {size} cannot be folded by {patch} and then halved {levels - 1} times; "
@@ -201,7 +204,7 @@ def _check_sizes(size, patch, levels, attention):
     if missing:
         warnings.warn(
             f"attention at {missing} has no effect: the resolutions of this U-Net are {sizes}",
-            stacklevel=4,  # the line that builds the U-Net
+            stacklevel=4,  # the line that builds the U-Net; between are `UNet.__init__` and `configured`
         )
 
 
@@ -212,32 +215,34 @@ def _set_norm_eps(net, eps):
             module.eps = eps
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-22
-def _check_part(net, name, part, shape):
-    "ValueError unless a part of the condition has this shape, None meaning that there must be none."
-    if part is None and shape is not None:
+def _check_part(network_name, name, part, shape):
+    "ValueError unless a part of the condition has the shape `shape`, or is absent where `shape` is None."
+    if shape is None:
+        if part is not None:
+            raise ValueError(f"the condition's {name} is given, but this {network_name} was built without it")
+        return
+    if part is None:
         raise ValueError(
-            f"the condition's {name} is missing: this {net} was built to take one of shape {shape}"
+            f"the condition's {name} is missing: this {network_name} was built to take one of shape {shape}"
         )
-    if part is not None and shape is None:
-        raise ValueError(f"the condition's {name} is given, but this {net} was built without it")
-    if part is not None and part.shape != shape:
+    if part.shape != shape:
         raise ValueError(f"the condition's {name} must have shape {shape}, got {tuple(part.shape)}")
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-23
 class Denoiser(nn.Module):
-    """The base of every denoiser `model(x_t, t, cond=None)`: what it takes and returns, and its checks.
+    """The base class of every denoiser `model(x_t, t, cond=None)`: it stores and checks what the network takes.
 
-    `takes` holds for each part of a `Cond` its shape without the batch, or None for a part that the network
-    does not take.
+    For each part of a `Cond`, `takes` holds the part's shape without the batch axis, or None if the network
+    does not take that part.
     """
 
     def __init__(
         self,
         size,  # pixels of a side of the square images
         channels,  # of the images
-        image_channels=0,  # of an image in the condition, 0 for none
-        z_dim=0,  # numbers of a code in the condition, 0 for none
-        classes=0,  # labels in the condition, 0 for none
+        image_channels=0,  # channels of the image in the condition, 0 for none
+        z_dim=0,  # length of the code in the condition, 0 for none
+        classes=0,  # number of classes in the condition, 0 for none
         outputs=None,  # channels returned; None is `channels`, a learned variance needs twice as many
     ):
         super().__init__()
@@ -255,12 +260,12 @@ class Denoiser(nn.Module):
     def check(self, x_t, t, cond):
         """Check that x_t, t and the condition are what this network was built for.
 
-        Raises: ValueError that says in one sentence what is not.
+        Raises: ValueError that says in one sentence what does not fit.
         """
-        net = type(self).__name__
+        network_name = type(self).__name__
         if x_t.shape[1:] != (self.channels, self.size, self.size):
             raise ValueError(
-                f"this {net} takes images of (B, {self.channels}, {self.size}, {self.size}), "
+                f"this {network_name} takes images of (B, {self.channels}, {self.size}, {self.size}), "
                 f"got {tuple(x_t.shape)}"
             )
         if t.shape != x_t.shape[:1]:
@@ -269,12 +274,12 @@ class Denoiser(nn.Module):
             )
         for name, shape in self.takes.items():
             expected = None if shape is None else (len(x_t), *shape)
-            _check_part(net, name, getattr(cond, name), expected)
+            _check_part(network_name, name, getattr(cond, name), expected)
         if self.classes:
             check_labels(cond.label, len(x_t), self.classes)
 
     def beside(self, x_t, cond):
-        "x_t with the condition's image, if any, put beside it: `(B, channels + image_channels, H, W)`."
+        "The channels of x_t, then those of the condition's image: `(B, channels + image_channels, H, W)`."
         if cond.image is None:
             return x_t
         return torch.cat([x_t, cond.image], dim=1)
@@ -284,10 +289,10 @@ class Denoiser(nn.Module):
 class UNet(Denoiser):
     """A denoiser `model(x_t, t, cond=None)`: `(B, channels, size, size)` to `(B, outputs, size, size)`.
 
-    t is the process's time input, float `(B,)`. The lowest resolution has attention always.
+    t is the process's time input, float `(B,)`. The lowest resolution always has attention.
 
-    Raises: ValueError for a size that cannot be folded and halved so often, and for inputs that it was not
-    built for.
+    Raises: ValueError for a size that cannot be folded by `patch` and halved for each further level, and for
+    inputs that the network was not built for.
     Source: Ho et al. 2020, appendix B.
     """
 
@@ -295,54 +300,59 @@ class UNet(Denoiser):
         self,
         size,  # pixels of a side of the square images
         channels=1,  # of the images
-        width=32,  # channels of the stem; those of each level are multiples of it
-        multipliers=(1, 2),  # of the width, one for each level; the resolution halves from one to the next
-        blocks=1,  # residual blocks of a level on the way down; one more on the way up
+        width=32,  # channels of the stem
+        multipliers=(
+            1,
+            2,
+        ),  # a level has width × multiplier channels, and half the resolution of the one above
+        blocks=1,  # residual blocks of a level on the way down; there is one more on the way up
         attention=(),  # resolutions in pixels that have attention, besides the lowest
-        heads=1,  # of each attention
-        dropout=0.0,  # in each residual block
+        heads=1,  # number of heads of each attention
+        dropout=0.0,  # share of the features that training sets to 0 in each residual block
         patch=1,  # patch × patch pixels are folded into channels before the stem
-        image_channels=0,  # of an image in the condition, 0 for none
-        z_dim=0,  # numbers of a code in the condition, 0 for none
-        classes=0,  # labels in the condition, 0 for none
+        image_channels=0,  # channels of the image in the condition, 0 for none
+        z_dim=0,  # length of the code in the condition, 0 for none
+        classes=0,  # number of classes in the condition, 0 for none
         outputs=None,  # channels returned; None is `channels`, a learned variance needs twice as many
         scale_shift=True,  # the embedding scales and shifts after the norm; False: it is added before
         groups=8,  # of the group norms, at most
         resample="conv",  # between levels: conv, same (pads right and below only) or pool (means)
         time_scale=1.0,  # multiplies t: about 1000 where the network is told √abar in [0, 1]
-        head_channels=0,  # channels of a head, in place of their number; 0 leaves it to `heads`
+        head_channels=0,  # channels of a head: heads = channels / head_channels; 0: the number is `heads`
         freq_shift=0,  # 1 makes the slowest frequency of the time 1/10000 exactly
-        norm_eps=1e-5,  # under the root of the group norms
+        norm_eps=1e-5,  # ε that the group norms add to the variance
     ):
         super().__init__(size, channels, image_channels, z_dim, classes, outputs)
         _check_sizes(size, patch, len(multipliers), attention)
         self.patch = patch
         widths = [round(width * m) for m in multipliers]
-        emb = 4 * width
-        self.embedding = Embedding(width, emb, z_dim, classes, scale=time_scale, shift=freq_shift)
+        emb_dim = 4 * width
+        self.embedding = Embedding(width, emb_dim, z_dim, classes, scale=time_scale, shift=freq_shift)
         self.stem = nn.Conv2d((channels + image_channels) * patch**2, width, kernel_size=3, padding=1)
         stage = functools.partial(
             UNetStage,
-            emb=emb,
+            emb=emb_dim,
             dropout=dropout,
             groups=groups,
             scale_shift=scale_shift,
             head_channels=head_channels,
         )
+        # `attention` counts pixels of the image, a level's grid has `patch` times fewer on a side
+        attention_sizes = [pixels // patch for pixels in attention if pixels % patch == 0]
         self.levels = UNetLevel(
             size=size // patch,
             c_in=width,
             widths=widths,
             blocks=blocks,
             stage=stage,
-            attention=[pixels // patch for pixels in attention if pixels % patch == 0],
+            attention=attention_sizes,
             heads=heads,
             resample=resample,
         )
         last = nn.Conv2d(widths[0], self.outputs * patch**2, kernel_size=3, padding=1)
         self.head = nn.Sequential(group_norm(widths[0], groups), nn.SiLU(), zero_init(last))
         _set_norm_eps(self, norm_eps)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # the order in memory in which convolutions are quicker
 
     def forward(self, x_t, t, cond=None):
         cond = cond or Cond()
@@ -357,22 +367,22 @@ class UNet(Denoiser):
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-50
 @torch.no_grad()
 def attention_maps(model, x_t, t, cond=None):
-    """What each attention of a denoiser does with these inputs, by the name of its module.
+    """The attention maps of a denoiser for these inputs: a dict from the names of its modules to the maps.
 
-    Each map is `(B, heads, N, N)` for N places, counted row by row. Row i, which sums to 1, is what place i
-    takes from all others.
+    Each map is `(B, heads, N, N)` for N places, counted row by row. Row i holds the weights with which place
+    i takes from every place; they sum to 1.
 
     Raises: ValueError for inputs that the denoiser was not built for.
     """
     maps = {}
 
-    def note(name, module, args):
+    def keep_map(name, module, args):
         maps[name] = module.weights(*args)
 
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            hooks.append(module.register_forward_pre_hook(functools.partial(note, name)))
+            hooks.append(module.register_forward_pre_hook(functools.partial(keep_map, name)))
     try:
         model(x_t, t, cond)
     finally:

@@ -21,10 +21,10 @@ from .diffusevae import DiffuseVAE, check_vae
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-06
 def code_directions(draws, dim, seed=0):
-    """Random directions `(draws, dim)` with the second moments of N(0, I), by `seed`.
+    """Random directions `(draws, dim)`, drawn by `seed`, with the second moments of N(0, I).
 
-    They are rows of random rotations: orthogonal within each block of `dim`, of the typical length √dim.
-    Raises: ValueError for fewer than 2 draws, of which there is no spread.
+    They are rows of random orthogonal matrices, scaled to the length √dim, which is typical of N(0, I).
+    Raises: ValueError for fewer than 2 draws: one draw has no spread.
     Source: Yu et al. 2016, section 3.
     """
     if draws < 2:
@@ -33,7 +33,7 @@ def code_directions(draws, dim, seed=0):
     rotations = []
     for _ in range(math.ceil(draws / dim)):
         q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
-        rotations.append(q * r.diagonal().sign())  # without the signs, they would not be uniform
+        rotations.append(q * r.diagonal().sign())  # the signs make q uniform among orthogonal matrices
     return dim**0.5 * torch.cat(rotations)[:draws]
 
 
@@ -244,12 +244,13 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         z_noise=0.0,  # share of noise in the codes to train on, in [0, 1]
         cond_drop=0.0,  # share of samples trained without their condition, in [0, 1); guidance needs some
         augment=None,  # a module that changes the x̂ to train on, in training mode; None leaves it
-        slope=1.0,  # of the error's variance over spread^power, at least 0
-        power=2,  # of the spread, 1 or 2
-        residual=0.01,  # the error's variance where the spread is 0, above 0
+        slope=1.0,  # error variance = slope · spread^power + residual; at least 0
+        power=2,  # 1 or 2
+        residual=0.01,  # above 0
         draws=8,  # codes that a spread is estimated from, at least 2
     ):
-        if not (0 <= slope < math.inf and 0 < residual < math.inf and power in (1, 2)):
+        usable = 0 <= slope < math.inf and 0 < residual < math.inf
+        if not usable or power not in (1, 2):
             raise ValueError(
                 "the error's variance must be positive: slope ≥ 0, residual > 0 and power 1 or 2 are needed, "
                 f"got {slope}, {residual} and {power}"
@@ -260,10 +261,9 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         self.power = power
         self.residual = residual
         self.draws = draws
-        black = torch.zeros(1, vae.channels, vae.size, vae.size).to(next(vae.parameters()))
-        pixel_spread(
-            vae, black, draws
-        )  # raises here, and not in the first step, for a VAE that has no spread
+        # a VAE that has no spread is refused here, and not in the first training step
+        blank = torch.zeros(1, vae.channels, vae.size, vae.size).to(next(vae.parameters()))
+        pixel_spread(vae, blank, draws)
 
     @torch.no_grad()
     def precision(self, x_hat):

@@ -139,10 +139,12 @@ class Refiner(nn.Module):
         temperature=1.0,  # scales x_T, and x_T alone
         start=None,  # begin at this t, with x̂ noised to it; None begins with noise alone
         guidance=0.0,  # weight w; 0 is unguided
-        noise=None,  # takes the place of a drawn x_T, of x̂'s shape
-        **walk,  # further keywords of the sampler: steps, spacing, clip, …
+        noise=None,  # standard normal noise of x̂'s shape, in place of a drawn one
+        **walk,  # further keywords of the sampler: the number of steps, spacing, clip, …
     ):
-        """Refine x̂: a generator of `Step`s that ends in x0; in form 2 those before the last are in y = x − x̂.
+        """Refine x̂: a generator of `Step`s that ends in x0.
+
+        In form 2, all steps but the last hold y = x − x̂ in the place of x.
 
         Raises: ValueError for a temperature below 0, noise of another shape, and what the sampler refuses.
         """
