@@ -50,13 +50,13 @@ def _no_such(name):
 
 
 def __getattr__(name):
-    """A sub-package, or a public name of any room, imported when it is first asked for.
+    """A sub-package, `cli`, or a public name of any room, imported when it is first asked for.
 
     So `import diffusevae` stays quick. Raises: AttributeError that says what there is. Source: PEP 562.
     """
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _chapters():
+    if name in _chapters() or name in _chapters().get("", []):  # rooms without a chapter: cli
         return importlib.import_module(f"{__name__}.{name}")
     if name in _homes():
         value = getattr(importlib.import_module(_homes()[name]), name)

@@ -61,13 +61,14 @@ def study_command(options):
     values = typed_parameters(options.parameters, notebooks)
     started = time.perf_counter()
     any_executed = False
-    results = []
+    results = []  # of the last run
     for name, record, seconds in runs.run_study(options.name, options.out, **values):
         executed = seconds > 1  # a run that is complete takes no longer than reading its record
         any_executed = any_executed or executed
         what = f"done in {duration_text(seconds)}" if executed else "complete already"
         print(f"{name}: {what}", file=sys.stderr, flush=True)
-        results = [os.path.normpath(Path(options.out) / name / path) for path in record["artefacts"].values()]
+        folder = Path(options.out) / name
+        results = [os.path.normpath(folder / path) for path in record["artefacts"].values()]
     duration = duration_text(time.perf_counter() - started)
     outcome = f"took {duration}" if any_executed else "is complete already"
     print(f"the study in {options.out} {outcome}: {', '.join(results)}")

@@ -7,7 +7,6 @@ __all__ = ['line_methods', 'code_of', 'codes_of', 'slerp', 'line_between', 'path
            'energy_distance', 'moment_kl', 'aggregate_fit', 'latent_map', 'linear_probe', 'latent_figures']
 
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-imports
-import numpy as np
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
@@ -199,10 +198,12 @@ def linear_probe(codes, labels, test_codes, test_labels):
 
     if labels is None or test_labels is None or len(labels.unique()) < 2:
         raise ValueError("a linear probe needs labels of at least two classes; use a data set that has them")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(np.asarray(codes.detach().cpu()), np.asarray(labels.detach().cpu()))
-    accuracy = probe.score(np.asarray(test_codes.detach().cpu()), np.asarray(test_labels.detach().cpu()))
-    return float(accuracy)
+    z = codes.detach().cpu().numpy()
+    y = labels.detach().cpu().numpy()
+    test_z = test_codes.detach().cpu().numpy()
+    test_y = test_labels.detach().cpu().numpy()
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(z, y)
+    return float(probe.score(test_z, test_y))
 
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-latent-figures
 def latent_figures(vae, train_set, test_set, seed=0):

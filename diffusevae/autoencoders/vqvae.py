@@ -95,8 +95,8 @@ class Quantiser(nn.Module):
         z_q = self.lookup(indices).to(z.dtype)
         if self.training:  # after the lookup: z_q comes from the codes as they were
             self.update_codebook(vectors, indices.flatten())
-        commitment = F.mse_loss(z, z_q)
         straight_through = z + (z_q - z).detach()
+        commitment = F.mse_loss(z, z_q)
         return straight_through, indices, self.commitment * commitment
 
     @torch.no_grad()

@@ -27,9 +27,10 @@ from .devices import pick_device
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-07
 @contextmanager
 def whole_file(path):
-    """A temporary path to write to, which takes the place of `path` at the end, or vanishes on an error.
+    """A context manager that yields a temporary path to write to.
 
-    It lies in the same folder.
+    At the end of the block the temporary file replaces `path`, in one step; on an error it is deleted, and
+    `path` stays as it was. Both lie in the same folder.
     Raises: OSError that names `path` where it cannot be written.
     """
     path = Path(path)
@@ -84,8 +85,8 @@ def save_tensors(path, tensors, info):
 def load_tensors(path, device="cpu", only=None):
     """Read what `save_tensors` wrote: `(tensors, info)`, the tensors by name and on `device`.
 
-    `only` gives the names of those that are wanted: () for the info alone, None for all.
-    It runs none of the file's code.
+    `only` lists the names of the wanted tensors: () for the info alone, None for all tensors.
+    Nothing in the file is run as code.
     Raises: FileNotFoundError for a missing file, ValueError for a truncated or foreign one.
     """
     path = Path(path)
@@ -115,8 +116,9 @@ load = load_tensors
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-25
 def _describe(value):
-    """A module becomes its `config`, a tensor or a tuple a list; everything else must be JSON already.
+    """Describe an argument in JSON: a module by its `config`, and a tensor or a tuple as a list.
 
+    All other values are returned as they are; they must be JSON already.
     Raises: TypeError for a module without config.
     """
     if isinstance(value, nn.Module):
@@ -127,7 +129,9 @@ def _describe(value):
         return value.config
     if isinstance(value, (list, tuple)):
         return [_describe(v) for v in value]
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value
 
 
 def _config(instance, bound):
@@ -144,9 +148,10 @@ def _config(instance, bound):
 
 
 def configured(cls):
-    """Class decorator: instances get `config`, the dict that `build` makes an equal, untrained one from.
+    """A class decorator that gives each instance a `config`, the dict with its class and its arguments.
 
-    A subclass with its own `__init__` needs the decorator too.
+    `build(config)` makes an equal instance that is not trained. A subclass with its own `__init__` needs the
+    decorator too.
     """
     init = cls.__init__
     signature = inspect.signature(init)
@@ -155,14 +160,15 @@ def configured(cls):
     def __init__(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         init(self, *args, **kwargs)
-        if type(self).__init__ is __init__:  # else this is a parent's part of the construction
+        # otherwise this call is super().__init__ of a subclass, whose arguments are not the instance's
+        if type(self).__init__ is __init__:
             self.config = _config(self, bound)
 
     cls.__init__ = __init__
     return cls
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-29
-moved_classes = {  # where a class stood when a checkpoint was written: where it stands now
+moved_classes = {  # from the place of a class in old checkpoints to its place now
     "diffusevae.hybrid.corruptions.Augmentation": "diffusevae.core.corruptions.Augmentation",
     "diffusevae.hybrid.losses.PerceptualLoss": "diffusevae.autoencoders.distances.PerceptualLoss",
     "diffusevae.hybrid.losses.MultiscaleSSIM": "diffusevae.autoencoders.distances.MultiscaleSSIM",
@@ -173,7 +179,7 @@ moved_classes = {  # where a class stood when a checkpoint was written: where it
 
 
 def _class_of(name):
-    """The module class that a config names, or that has moved from there.
+    """The module class that a config names; old names of classes that have moved are known too.
 
     Raises: ValueError for anything but a network class that this package defines.
     """
@@ -182,13 +188,14 @@ def _class_of(name):
     if module.split(".")[0] != "diffusevae":
         raise ValueError(f"a config may name classes of diffusevae only, not {name!r}")
     cls = getattr(importlib.import_module(module), attribute, None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == module):
+    is_network = isinstance(cls, type) and issubclass(cls, nn.Module)
+    if not is_network or cls.__module__ != module:  # the second: the module only imports this class
         raise ValueError(f"{name!r} is no network class of this version of the package")
     return cls
 
 
 def _argument(value):
-    "An argument as it was: configs become modules, also within lists."
+    "The argument that `_describe` has described: configs become modules again, also within lists."
     if isinstance(value, list):
         return [_argument(v) for v in value]
     if isinstance(value, dict) and "class" in value:
@@ -212,7 +219,7 @@ def build(config):
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-with-arguments
 def with_arguments(config, **arguments):
-    """`config` with other `arguments`, modules given as themselves: the config of a twin with another part.
+    """A copy of `config` with some `arguments` replaced; a new argument may be a module with a `config`.
 
     Raises: ValueError for an argument that the class of `config` does not take.
     """
@@ -225,9 +232,10 @@ def with_arguments(config, **arguments):
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-32
 def mismatches(own, tensors):
-    """What keeps `tensors` from taking the place of `own`, both dicts by name: a list of sentences.
+    """A list of sentences about the differences of `tensors` from `own`, both dicts of tensors by name.
 
-    There is one for each tensor that is missing, unknown or differently shaped, and none if all fit.
+    There is one sentence for each tensor that is missing, unknown or of another shape. The list is empty if
+    all tensors fit.
     """
     missing = [f"{name} is missing" for name in own if name not in tensors]
     unknown = [f"{name} is unknown" for name in tensors if name not in own]
@@ -239,33 +247,37 @@ def mismatches(own, tensors):
 
 
 def restore(system, tensors, source="the checkpoint"):
-    """Load `tensors` into `system`, every name and shape matching; returns `system`.
+    """Load `tensors` into `system` and return it; every name and every shape must match.
 
-    Raises: ValueError that names the first differences where the checkpoint is of another architecture.
+    Raises: ValueError with the first three differences where `tensors` are of another architecture.
     """
-    wrong = mismatches(system.state_dict(), tensors)
-    if wrong:
-        more = " …" if len(wrong) > 3 else ""
-        raise ValueError(f"{source} is of another architecture: {'; '.join(wrong[:3])}{more}")
+    differences = mismatches(system.state_dict(), tensors)
+    if differences:
+        first = "; ".join(differences[:3])
+        more = " …" if len(differences) > 3 else ""
+        raise ValueError(f"{source} is of another architecture: {first}{more}")
     system.load_state_dict(tensors)
     return system
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-35
 def optimizer_tensors(optimizers):
-    "What a list of optimizers remembers, by name: `optimizer.N.I.WHAT` for the N-th one's I-th parameter."
+    """The state of a list of optimizers as a dict of tensors.
+
+    `optimizer.N.I.KEY` is the entry KEY, such as `exp_avg`, of parameter I in optimizer N.
+    """
     tensors = {}
     for n, optimizer in enumerate(optimizers):
-        for i, remembered in optimizer.state_dict()["state"].items():
-            for what, value in remembered.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
                 if torch.is_tensor(value):
-                    tensors[f"optimizer.{n}.{i}.{what}"] = value
+                    tensors[f"optimizer.{n}.{i}.{key}"] = value
     return tensors
 
 
 def restore_optimizers(optimizers, tensors):
-    """Put what `optimizer_tensors` named back, each tensor in the memory order of its parameter.
+    """Load `tensors`, as `optimizer_tensors` returned them, into a list of optimizers built alike.
 
-    Other names in `tensors` are left alone.
+    Each tensor gets the memory order of its parameter. Tensors with names of other kinds are ignored.
     """
     for n, optimizer in enumerate(optimizers):
         prefix = f"optimizer.{n}."
@@ -273,15 +285,15 @@ def restore_optimizers(optimizers, tensors):
         state = {}
         for name, value in tensors.items():
             if name.startswith(prefix):
-                i, what = name.removeprefix(prefix).split(".")
+                i, key = name.removeprefix(prefix).split(".")
                 in_order = _ordered_like(parameters[int(i)], value)
-                state.setdefault(int(i), {})[what] = in_order
+                state.setdefault(int(i), {})[key] = in_order
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _ordered_like(parameter, value):
-    "The same numbers in the memory order of a parameter, if they have its shape."
-    if value.shape != parameter.shape:
+    "A copy of `value` in the memory order of `parameter`; `value` itself if the shapes differ."
+    if value.shape != parameter.shape:  # such as the number of steps
         return value
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
@@ -289,18 +301,18 @@ def _ordered_like(parameter, value):
 def save_training(
     path,  # of the file
     system,  # a module
-    averages,  # by name, each with a list of tensors `average`
+    averages,  # dict by name of objects with a list of tensors `average`
     optimizers,  # a list
-    info,  # a JSON value, with the training's `identity`
+    info,  # dict that JSON can say, with the training's `identity`
 ):
-    """Write all that a training needs to go on, whole or not at all.
+    """Write all tensors and numbers that a training needs to go on to one file, whole or not at all.
 
     Raises: TypeError for an `info` that JSON cannot say, OSError where `path` cannot be written.
     """
     tensors = {f"model.{name}": v for name, v in system.state_dict().items()}
     tensors |= optimizer_tensors(optimizers)
-    for name, kept in averages.items():
-        for i, value in enumerate(kept.average):
+    for name, ema in averages.items():
+        for i, value in enumerate(ema.average):
             tensors[f"{name}.{i}"] = value
     save_tensors(path, tensors, info)
 
@@ -309,34 +321,35 @@ def save_training(
 def restore_training(
     path,  # of the file
     system,  # the module that gets its tensors
-    averages,  # by name, each with a list of tensors `average`
+    averages,  # dict by name of objects with a list of tensors `average`
     optimizers,  # a list, built like those that were saved
-    identity,  # dict of what this training must share with that one
+    identity,  # dict whose entries must equal those of the saved training
     device="cpu",  # where the tensors are wanted
 ):
-    """Put what `save_training` wrote where it belongs, in place; returns its `info`.
+    """Load what `save_training` wrote into `system`, `averages` and `optimizers`; returns the saved `info`.
 
-    Raises: ValueError where the file is damaged; where the `identity` in its info is another one, the
-    sentence says what differs.
+    Raises: ValueError where the file is damaged, and, with the names of the entries that differ, where the
+    saved `identity` is another one.
     """
     tensors, info = load_tensors(path, device)
     saved = info.get("identity", {})
-    wrong = [name for name in identity if saved.get(name) != identity[name]]
-    if wrong:
+    differing = [name for name in identity if saved.get(name) != identity[name]]
+    if differing:
         raise ValueError(
-            f"{path} is of another training (other {', '.join(wrong)}); "
+            f"{path} is of another training (other {', '.join(differing)}); "
             "choose an empty folder, or delete this one to start over"
         )
     of_model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     restore(system, of_model, path)
-    for name, kept in averages.items():
-        torch._foreach_copy_(kept.average, [tensors[f"{name}.{i}"] for i in range(len(kept.average))])
+    for name, ema in averages.items():
+        saved_average = [tensors[f"{name}.{i}"] for i in range(len(ema.average))]
+        torch._foreach_copy_(ema.average, saved_average)
     restore_optimizers(optimizers, tensors)
     return info
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-41
 def save_system(path, system, **info):
-    """Write a system's tensors with its `config` and whatever else `info` says, whole or not at all.
+    """Write a system's tensors, its `config` and the entries of `info` to one file, whole or not at all.
 
     Raises: TypeError for an `info` that JSON cannot say, OSError where `path` cannot be written.
     """
@@ -344,8 +357,9 @@ def save_system(path, system, **info):
 
 
 def load_system(path, device="cpu"):
-    """Rebuild the system that `save_system` or a run's best checkpoint holds, in evaluation mode on `device`.
+    """Rebuild the system in a file that `save_system` wrote, such as a run's `best.safetensors`.
 
+    It is in evaluation mode on `device`.
     Raises: FileNotFoundError for a missing file; ValueError for a truncated or foreign one, one without
     config, or one whose config or tensors do not fit this version of the package.
     """
@@ -360,9 +374,9 @@ shipped_weights = Path(str(importlib.resources.files("diffusevae"))) / "weights"
 
 
 def pretrained(name, device="cpu"):
-    """The shipped model `name`, in evaluation mode on `device`.
+    """The model `name` that comes with the package, in evaluation mode on `device`.
 
-    Raises: ValueError that lists the names for an unknown one.
+    Raises: ValueError for an unknown name, with a list of all names.
     """
     names = sorted(p.stem for p in shipped_weights.glob("*.safetensors"))
     if name not in names:
@@ -371,10 +385,10 @@ def pretrained(name, device="cpu"):
 
 
 def find_system(place, device="cpu"):
-    """The system in a run's folder, in a checkpoint file, or shipped under this name.
+    """Load the system at `place`: a run's folder, a checkpoint file, or the name of a shipped model.
 
     It is in evaluation mode on `device`.
-    Raises: FileNotFoundError for what is none of these, ValueError for a file that gives no system.
+    Raises: FileNotFoundError where `place` is none of these, ValueError for a file without a system.
     """
     path = Path(place)
     if path.is_dir():
@@ -382,7 +396,8 @@ def find_system(place, device="cpu"):
     if path.is_file():
         return load_system(path, device)
     shipped = shipped_weights / f"{path.name}.safetensors"
-    if path.name == str(place) and shipped.is_file():
+    is_bare_name = path.name == str(place)  # without a folder before it
+    if is_bare_name and shipped.is_file():
         return load_system(shipped, device)
     raise FileNotFoundError(
         f"{place} is no folder with best.safetensors, no checkpoint and no shipped model; "
@@ -391,9 +406,10 @@ def find_system(place, device="cpu"):
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-fit-1
 def image_shape(system):
-    """`(channels, height, width)` of the images that a system is built for, None if nothing in it says.
+    """The shape `(channels, height, width)` of the images that a system is built for, None if it is unknown.
 
-    Its VAE or first stage is asked first, then the system, and its denoiser last: that may know latents only.
+    The first part with `channels` and `size` decides: the VAE or first stage, then the system itself, and
+    last its denoiser, whose channels and size may be those of latents.
     """
     parts = []
     if hasattr(system, "vae"):
@@ -410,15 +426,16 @@ def image_shape(system):
 
 
 def check_fits(system, images, source="the model"):
-    """Nothing, if a system is built for images of the shape of `images`, `(N, C, H, W)`, or does not say.
+    """Check that a system is built for images of this shape, `(N, C, H, W)`; one without a shape passes.
 
-    Raises: ValueError that names both shapes, and the `source` of the system, where they differ.
+    Raises: ValueError where the shapes differ; the message names both, and the `source` of the system.
     """
     own = image_shape(system)
-    given = tuple(images.shape[1:])
-    if own is not None and own != given:
-        own, given = (" × ".join(map(str, shape)) for shape in (own, given))
+    shape = tuple(images.shape[1:])
+    if own is not None and own != shape:
+        own_text = " × ".join(map(str, own))
+        shape_text = " × ".join(map(str, shape))
         raise ValueError(
-            f"{source} is built for images of {own}, and the data's are {given}; "
+            f"{source} is built for images of {own_text}, and the data's are {shape_text}; "
             "give the data and the size that it was trained on"
         )

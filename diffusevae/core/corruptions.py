@@ -20,47 +20,54 @@ from .pixels import column
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-06
 def per_image(severity, x):
-    "A severity, one number or float `(B,)`, as one for each image of `x`, shaped to multiply it."
+    """The severity of each image of `x` `(B, C, H, W)`, shaped `(B, 1, 1, 1)` to multiply the images.
+
+    `severity` is one number for all images, or floats `(B,)`.
+    """
     severity = torch.as_tensor(severity, dtype=x.dtype, device=x.device)
     return column(severity.expand(len(x)), x)
 
 
 def _drawn(sampler, shape, x, generator):
-    """Random numbers of this shape, of the type and on the device of `x`, by torch.rand or torch.randn.
+    """Random numbers of this shape, with the type and the device of `x`.
 
-    They are drawn where the generator lives; None is the global one of the device of `x`.
+    `sampler` is torch.rand or torch.randn. It draws on the device of the generator; None stands for the
+    global generator of the device of `x`.
     """
     device = x.device if generator is None else generator.device
     return sampler(shape, generator=generator, device=device).to(x)
 
 
 def noise(x, sigma, generator=None):
-    "x + sigma · ε: Gaussian noise of that standard deviation. Leaves [-1, 1]."
+    "Add Gaussian noise of standard deviation `sigma`: x + sigma · ε, which may lie outside of [-1, 1]."
     return x + per_image(sigma, x) * _drawn(torch.randn, x.shape, x, generator)
 
 
 def quantize(x, step, generator=None):
-    """Each number moved to the nearest of the levels -1, -1 + step, … up to 1.
+    """Round each number to the nearest of the levels -1, -1 + step, … up to 1.
 
-    A `step` of 2 / (L - 1) leaves L levels, 0 the image as it is.
+    A `step` of 2 / (L - 1) leaves L levels. A `step` of 0 leaves the image as it is.
     """
     step = per_image(step, x)
+    # the clamp avoids 0 / 0 where the step is 0; `where` then takes the image itself
     levels = ((x + 1) / step.clamp(min=1e-6)).round() * step - 1
     return torch.where(step > 0, levels.clamp(max=1), x)
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-09
 def apply_separable(x, down, across):
-    """Images `(B, C, H, W)`, each with its own matrix for its columns and another for its rows.
+    """Transform the columns of images `(B, C, H, W)` by one matrix and their rows by another.
 
-    `down` is `(B, h, H)`, `across` `(B, w, W)`, and the result `(B, C, h, w)`.
+    Each image has matrices of its own: `down` `(B, h, H)` for its columns, `across` `(B, w, W)` for its rows.
+    The result is `(B, C, h, w)`.
     """
     return down[:, None] @ x @ across[:, None].mT
 
 
 def gaussian_weights(n, sigma):
-    """Gaussian weights of `n` pixels around each of them: `(B, n, n)`, rows of sum 1.
+    """The matrices `(B, n, n)` of Gaussian filters for rows of `n` pixels.
 
-    `sigma` `(B,)` are the widths in pixels.
+    Row i holds the weights of all pixels in the new pixel i; its sum is 1. `sigma` `(B,)` are the standard
+    deviations in pixels.
     """
     i = torch.arange(n, device=sigma.device)
     squared_distances = (i - i[:, None]) ** 2
@@ -70,7 +77,7 @@ def gaussian_weights(n, sigma):
 
 
 def blur(x, sigma, generator=None):
-    "A Gaussian filter of standard deviation `sigma` pixels; what lies beyond the border has no weight."
+    "Blur by a Gaussian filter of standard deviation `sigma` pixels, without weight beyond the border."
     sigma = per_image(sigma, x).flatten()
     height, width = x.shape[2:]
     return apply_separable(x, gaussian_weights(height, sigma), gaussian_weights(width, sigma))
@@ -88,9 +95,10 @@ def bicubic_kernel(u):
 
 
 def resize_weights(old, new, n):
-    """Bicubic weights, antialiased, that make rows of `new` pixels from rows of `old`: `(B, n, n)`.
+    """The matrices `(B, n, n)` that resize rows of `old` pixels to `new` pixels, bicubic and antialiased.
 
-    `old` and `new` are `(B,)`, at most `n`. Weights beyond these grids are 0.
+    `old` and `new` are `(B,)` and at most `n`. Only the first `new` rows and the first `old` columns of a
+    matrix are used; all others are 0.
     """
     old = old[:, None, None]
     new = new[:, None, None]
@@ -103,14 +111,14 @@ def resize_weights(old, new, n):
 
 
 def lowres(x, factor, generator=None):
-    """Bicubic down by `factor` ≥ 1 and up again. May leave [-1, 1].
+    """Resize images down by `factor` ≥ 1 and up again, both bicubic. The result may lie outside of [-1, 1].
 
-    In between, a side of n pixels has n / factor, rounded, at least one.
+    In between, a side of n pixels has n / factor pixels, rounded, but at least one.
     """
     factor = per_image(factor, x).flatten()
 
     def down_and_up(n):
-        "The two steps for sides of `n` pixels as one matrix each, `(B, n, n)`."
+        "Both steps together for sides of `n` pixels: one matrix for each image, `(B, n, n)`."
         full = torch.full_like(factor, n)
         small = (full / factor).round().clamp(min=1)
         down = resize_weights(full, small, n)
@@ -122,27 +130,29 @@ def lowres(x, factor, generator=None):
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-16
 def occlude(x, share, generator=None, value=0.0):
-    """Images under a rectangle over `share` of their area, at a random place, filled with `value`; 0 is grey.
+    """Hide `share` of each image's area under a rectangle at a random position, filled with `value`.
 
-    The rectangle has the image's proportions. The rectangle's sides are rounded to whole pixels.
+    The rectangle has the image's proportions, and its sides are rounded to whole pixels. A `value` of 0 is
+    mid-grey.
     """
-    place = _drawn(torch.rand, (len(x), 2), x, generator)  # 0 at one end of a side, 1 at the other
-    side = per_image(share, x).flatten().sqrt()  # as a share of the image's side
+    position = _drawn(torch.rand, (len(x), 2), x, generator)  # 0 at one end of a side, 1 at the other
+    side = per_image(share, x).flatten().sqrt()  # of the rectangle, as a share of the image's side
 
-    def inside(n, place):
-        "Which of the `n` pixels of a side the rectangle covers, `(B, n)`."
+    def inside(n, position):
+        "Which of the `n` pixels of a side the rectangle covers, bool `(B, n)`."
         i = torch.arange(n, device=x.device)
         length = (n * side).round()
-        first = (place * (n - length + 1)).floor()
+        first = (position * (n - length + 1)).floor()  # one of n - length + 1 positions
         return (first[:, None] <= i) & (i < (first + length)[:, None])
 
     height, width = x.shape[2:]
-    down = inside(height, place[:, 0])
-    across = inside(width, place[:, 1])
+    down = inside(height, position[:, 0])
+    across = inside(width, position[:, 1])
     hidden = down[:, :, None] & across[:, None]
     return torch.where(hidden[:, None], value, x)
 
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-19
+# all are functions of (x, severity, generator), also those that draw nothing
 corruptions = {"noise": noise, "blur": blur, "quantize": quantize, "occlude": occlude, "lowres": lowres}
 # the least severity, which leaves an image as it is, and the largest
 limits = {
@@ -155,9 +165,9 @@ limits = {
 
 
 def check_image_range(x):
-    """Warns when the images `x` seem to be in [0, 1].
+    """Check that `x` are images in [-1, 1], and warn if they seem to be in [0, 1].
 
-    Raises: ValueError unless they are float `(B, 1 or 3, H, W)` in [-1, 1], at least one.
+    Raises: ValueError unless `x` is a float tensor `(B, 1 or 3, H, W)` in [-1, 1] with at least one image.
     """
     if not torch.is_tensor(x) or not x.is_floating_point():
         got = getattr(x, "dtype", type(x).__name__)
@@ -168,7 +178,7 @@ def check_image_range(x):
             "one image is a batch of one, x[None]"
         )
     low, high = (float(v) for v in x.detach().aminmax())
-    if not (-1.001 <= low and high <= 1.001):
+    if not (-1.001 <= low and high <= 1.001):  # 0.001 is for rounding; NaN fails too
         raise ValueError(
             f"images must lie in [-1, 1], got {low:.3g} … {high:.3g}; "
             "scale them (x / 127.5 - 1 for 0 … 255), or clip noisy ones by x.clamp(-1, 1)"
@@ -181,9 +191,9 @@ def check_image_range(x):
 
 
 def check_severity(kind, severity, n=None):
-    """Checks a `severity`, one number or `n` of them, of the corruption `kind`.
+    """Check the `severity` of a corruption of this `kind`: one number, or one for each of `n` images.
 
-    Raises: ValueError for an unknown kind, another number of severities, or one outside of `limits`.
+    Raises: ValueError for an unknown kind, a wrong number of severities, or a severity outside of `limits`.
     """
     choice("kind", kind, corruptions)
     least, most = limits[kind]
@@ -201,10 +211,11 @@ def check_severity(kind, severity, n=None):
 
 
 def corrupt(x, kind, severity, generator=None):
-    """Images `x` `(B, C, H, W)` in [-1, 1] after a corruption of this kind and severity, clipped to [-1, 1].
+    """Corrupt images `x` `(B, C, H, W)` in [-1, 1]; the result is clipped to [-1, 1].
 
-    `severity` is one number or `(B,)`: for noise its standard deviation, for blur that in pixels, for
-    quantize the distance of the levels, for occlude the share of the area, for lowres the factor.
+    `kind` is a key of `corruptions`. `severity` is one number or `(B,)`: for noise the standard deviation,
+    for blur the standard deviation in pixels, for quantize the distance of the levels, for occlude the share
+    of the area, for lowres the factor.
     `generator` is any torch generator, or None for the global one.
 
     Raises: ValueError for an unknown kind, a severity outside of `limits`, or for anything but float images
@@ -217,10 +228,11 @@ def corrupt(x, kind, severity, generator=None):
 # %% ../../nbs/1_core/04_corruptions.ipynb #corruptions-28
 @configured
 class Augmentation(nn.Module):
-    """Conditioning augmentation: corrupts images `(B, C, H, W)` in training mode, none in evaluation mode.
+    """Conditioning augmentation: corrupts images `(B, C, H, W)` in training mode and no images otherwise.
 
-    Each image draws a kind and a severity, uniform between least and largest, by the global generator. Kinds
-    at their least are left out. Half of the corrupted images are clipped to [-1, 1].
+    The global generator draws for each image a kind, and a severity that is uniform between the kind's least
+    and largest. Kinds whose largest severity is the least one are never drawn. Half of the corrupted images
+    are clipped to [-1, 1], so that a network learns to take both.
 
     Raises: ValueError for a severity outside of `limits` or a share outside of [0, 1].
     Source: Ho et al. 2022 (Cascaded Diffusion Models), section 4; there the network is told the severity.
@@ -236,14 +248,24 @@ class Augmentation(nn.Module):
         clean=0.2,  # share of the images that stay as they are
     ):
         super().__init__()
-        given = {"noise": noise, "blur": blur, "quantize": quantize, "occlude": occlude, "lowres": lowres}
-        for kind, severity in given.items():
+        severities = {
+            "noise": noise,
+            "blur": blur,
+            "quantize": quantize,
+            "occlude": occlude,
+            "lowres": lowres,
+        }
+        for kind, severity in severities.items():
             check_severity(kind, severity)
         if not 0 <= clean <= 1:
             raise ValueError(
                 f"clean, the share of images left as they are, must lie in [0, 1], got {clean!r}"
             )
-        self.largest = {kind: float(s) for kind, s in given.items() if s > limits[kind][0]}
+        self.largest = {}  # the largest severity of each kind that is drawn
+        for kind, severity in severities.items():
+            least = limits[kind][0]
+            if severity > least:
+                self.largest[kind] = float(severity)
         self.clean = clean
 
     def forward(self, x_hat):
@@ -257,10 +279,11 @@ class Augmentation(nn.Module):
         "Images `(B, C, H, W)`, each corrupted by its own draw."
         n = len(x_hat)
         kind = torch.randint(len(self.largest), (n,), device=x_hat.device)
-        strength, clean, clip = torch.rand(3, n, device=x_hat.device)
+        strength, clean, clip = torch.rand(3, n, device=x_hat.device)  # uniform in [0, 1)
         x = x_hat
         for i, (name, largest) in enumerate(self.largest.items()):
             least = limits[name][0]
+            # images that drew another kind get the least severity, which changes nothing
             severity = least + (kind == i) * strength * (largest - least)
             x = corruptions[name](x, severity)
         x = torch.where(column(clip < 0.5, x), x.clamp(-1, 1), x)

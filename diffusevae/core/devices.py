@@ -20,14 +20,16 @@ from .parameters import choice
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-layers-07
 def pick_device(name="auto"):
-    """The device to compute on: `auto` takes CUDA, then MPS, then the CPU; any other name is torch's own.
+    """The device to compute on: `auto` is the first of CUDA, MPS and CPU that there is.
+
+    Any other name is one of torch's own, such as `cuda:1`.
 
     Raises: ValueError for a device that torch does not know or this machine does not have.
     """
     if name == "auto":
         name = _best_device()
     try:
-        # asks the device, and not only whether its name is spelt well
+        # torch.device(name) would only check the spelling; a tensor needs the device itself
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
@@ -43,7 +45,7 @@ def _best_device():
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-layers-10
 def device_name(name="auto"):
-    """What `pick_device(name)` is, in words: a card's name, or the processor's kind and the threads.
+    """A description of the device `name`: a CUDA card's name, or the processor's kind and number of threads.
 
     Raises: ValueError for a device that torch does not know or this machine does not have.
     """
@@ -54,7 +56,7 @@ def device_name(name="auto"):
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-layers-13
 def widest_float(device):
-    "float64, or float32 on a device without it."
+    "The widest float type of a device: float64, but float32 on MPS, which has no float64."
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-pick-precision
@@ -62,25 +64,27 @@ precisions = ("auto", "float32", "bfloat16")
 
 
 def pick_precision(name="auto", device="auto"):
-    """The type that networks compute in, one of `precisions`: `auto` is bfloat16 on CUDA cards that have it.
+    """The type that networks compute in: torch.float32 or torch.bfloat16.
 
-    Elsewhere it is float32.
+    `name` is one of `precisions`. `auto` is bfloat16 on CUDA cards that have it, and float32 elsewhere.
     Raises: ValueError for another name, and for bfloat16 on a CUDA card without it.
     """
     choice("precision", name, precisions)
     on_cuda = pick_device(device).type == "cuda"
     has_bfloat16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "bfloat16" and on_cuda and not has_bfloat16:
-        raise ValueError(f"{device_name(device)} cannot multiply bfloat16; use auto or float32")
+    if name == "float32":
+        return torch.float32
     if name == "auto":
-        name = "bfloat16" if has_bfloat16 else "float32"
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    if on_cuda and not has_bfloat16:
+        raise ValueError(f"{device_name(device)} cannot multiply bfloat16; use auto or float32")
+    return torch.bfloat16
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-ema-19
 def networks_of(system):
-    """The networks in a system: the outermost modules below it with parameters and a forward of their own.
+    """A list of a system's networks: the outermost of its submodules with parameters and a `forward`.
 
-    A list of modules has no forward, so its entries are looked at instead.
+    A module without `forward`, such as a ModuleList, is no network itself, but its children may be.
     """
     networks = []
     for module in system.children():
@@ -92,25 +96,27 @@ def networks_of(system):
 
 
 def _is_network(module):
+    "Has this module parameters and a `forward` of its own?"
     has_forward = type(module).forward is not nn.Module.forward
     has_parameters = next(module.parameters(), None) is not None
     return has_forward and has_parameters
 
 
 def _compiled(forward, options):
-    "The forward for torch.compile, as a function with a code object of its own."
+    "The compiled `forward`; `options` are keyword arguments for torch.compile."
 
     def call(*args, **kwargs):
         return forward(*args, **kwargs)
 
-    # torch.compile counts versions by code object, and gives up at 8; `replace` makes a copy of the code
+    # torch.compile counts compiled versions by code object and gives up at 8. All functions made here share
+    # one code object, so each network gets a copy of it.
     own_code = call.__code__.replace()
     copy = types.FunctionType(own_code, call.__globals__, call.__name__, None, call.__closure__)
     return torch.compile(copy, dynamic=False, **options)
 
 
 def _in_precision(forward, module, dtype):
-    "A forward that computes in `dtype`, with weights and outputs in float32."
+    "The `forward` of `module`, computed in `dtype`; weights and outputs stay in float32."
 
     def call(*args, **kwargs):
         device = next(module.parameters()).device
@@ -122,24 +128,27 @@ def _in_precision(forward, module, dtype):
 
 
 def _as_float32(out, dtype):
-    "An output with its tensors of `dtype`, within tuples and lists too, as float32."
+    "The same output with tensors of `dtype` converted to float32, also those in tuples and lists."
     if type(out) in (tuple, list):
         return type(out)(_as_float32(o, dtype) for o in out)
-    return out.float() if getattr(out, "dtype", None) == dtype else out
+    if torch.is_tensor(out) and out.dtype == dtype:
+        return out.float()
+    return out
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-ema-20
 class Accelerated:
-    """While `applied()` lasts, the networks of `system` compute in `dtype` and compiled.
+    """Makes the networks of `system` compute in `dtype`, and compiled, inside of a `with` block.
 
-    `options` are those of torch.compile, or None for not to compile. After the block nothing is left.
-    Weights, gradients and outputs are float32. A network is compiled once for each shape of batch, in
-    training and in evaluation.
+    The block begins with `with accelerated.applied():`, where `accelerated` is an instance of this class.
+    After that block the system is as it was before. `options` are keyword arguments for torch.compile; with
+    None nothing is compiled. Weights, gradients and outputs are float32. A network is compiled once for each
+    shape of batch, and separately for training and evaluation.
     Raises: what torch.compile does.
     Source: Micikevicius et al. 2018, section 3.1, for float32 weights beside low precision.
     """
 
     def __init__(self, system, dtype=torch.float32, options=None):
-        self.forwards = {}  # by network: the forward that takes the place of its own
+        self.forwards = {}  # the accelerated forward of each network
         if dtype == torch.float32 and options is None:
             return
         for network in networks_of(system):
@@ -159,18 +168,19 @@ class Accelerated:
             yield
         finally:
             for network in self.forwards:
-                del network.forward
+                del network.forward  # so that the class's own shows again
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-pick-compile
 compilations = ("auto", "on", "off", "graphs", True, False)  # True is on, False is off
 
 
 def pick_compile(name="auto", device="auto", steps=2000):
-    """What to tell `torch.compile`, a dict, or None for not to compile; `name` is one of `compilations`.
+    """The keyword arguments for `torch.compile` as a dict, or None where nothing should be compiled.
 
-    `auto` compiles for CUDA where Triton and a C compiler are at hand, for a training of 2,000 `steps` or
-    more, which earn the minute that it takes. `graphs` is on with CUDA graphs besides, for networks whose
-    kernels are shorter than their launch.
+    `name` is one of `compilations`. `auto` compiles on CUDA if Triton and a C compiler are installed and the
+    training has 2,000 `steps` or more: fewer steps do not make up for the minute that compiling takes.
+    `graphs` compiles and captures CUDA graphs as well, which pays where kernels take less time than their
+    launch.
     Raises: ValueError for another name.
     """
     choice("compile", name, compilations)
@@ -183,7 +193,7 @@ def pick_compile(name="auto", device="auto", steps=2000):
 
 
 def _has_compiler():
-    "Are Triton and a C compiler here?"
+    "Are Triton and a C compiler installed?"
     has_triton = importlib.util.find_spec("triton") is not None
     return has_triton and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 

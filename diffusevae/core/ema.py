@@ -17,15 +17,15 @@ from .checkpoints import build, load_tensors, restore, save_tensors
 
 # %% ../../nbs/1_core/10_ema.ipynb #ema-05
 def decay_at(step, largest):
-    "The decay of the average at step 0, 1, …: (1 + k) / (10 + k), at most `largest`, in [0, 1)."
+    "The decay of the average at step k = 0, 1, …: (1 + k) / (10 + k), but at most `largest`, in [0, 1)."
     return min(largest, (1 + step) / (10 + step))
 
 # %% ../../nbs/1_core/10_ema.ipynb #ema-08
 class Ema:
-    """A running average of `parameters`, at first their values, whose decay grows up to `decay`, in [0, 1).
+    """A running average of `parameters` that starts at their values, with a decay that grows up to `decay`.
 
-    The growth keeps a short run from remembering its initial weights: after k steps they weigh
-    k! 9! / (k + 9)!, not decay^k.
+    Because the decay grows, a short run soon forgets its initial weights: in the average after k steps they
+    have the share k! 9! / (k + 9)!, not decay^k. `decay` lies in [0, 1).
     Source: Polyak and Juditsky 1992 for averaging; Ho et al. 2020, appendix B, for the constant decay.
     """
 
@@ -36,7 +36,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step):
-        "Take in the weights after step 0, 1, …"
+        "Update the average with the parameters as they are after `step`, 0, 1, …"
+        # average ← average + (1 - decay) (parameters - average)
         torch._foreach_lerp_(self.average, self.parameters, 1 - self.decay_now(step))
 
     def decay_now(self, step):
@@ -47,7 +48,7 @@ class Ema:
     def applied(self):
         """Inside the block, the parameters have the averaged values; afterwards their own again.
 
-        An error ends the block too. Nothing is copied.
+        This holds after an error too. Values are exchanged and not copied.
         """
         self._swap()
         try:
@@ -60,11 +61,12 @@ class Ema:
             p.data, self.average[i] = self.average[i], p.data
 
 # %% ../../nbs/1_core/10_ema.ipynb #ema-32
-lengths = (0.05, 0.10)  # of the two averages that snapshots hold. Source: Karras et al. 2024, section 3.2
+# relative lengths of the two averages in a snapshot. Source: Karras et al. 2024, section 3.2
+lengths = (0.05, 0.10)
 
 
 def length_of(gamma):
-    """The relative length of the average with weights t^γ, in (0, 0.289].
+    """The relative length, in (0, 0.289], of the average whose weights grow as t^γ with the time t.
 
     Source: Karras et al. 2024, equation 123.
     """
@@ -72,7 +74,7 @@ def length_of(gamma):
 
 
 def gamma_of(length):
-    """The exponent γ > 0 of a relative length: the largest root of a cubic.
+    """The exponent γ > 0 of the average with this relative length, the inverse of `length_of`.
 
     Raises: ValueError for a length out of range.
     Source: Karras et al. 2024, algorithm 2.
@@ -83,13 +85,14 @@ def gamma_of(length):
             f"a relative length must lie between 0 and {longest:.3f}, which is the mean of all steps; "
             f"got {length}"
         )
+    # s (γ + 1) = (γ + 2)² (γ + 3), that is γ³ + 7γ² + (16 - s) γ + 12 - s = 0; γ is the largest root
     s = length**-2
     roots = np.roots([1, 7, 16 - s, 12 - s])
     return float(roots.real.max())
 
 
 class PowerEma(Ema):
-    """A running average of `parameters` of relative `length`: each step has a power of its time as weight.
+    """A running average of `parameters` with relative `length`: the weight of step t = 1, 2, … grows as t^γ.
 
     Source: Karras et al. 2024, equation 2.
     """
@@ -99,15 +102,15 @@ class PowerEma(Ema):
         self.gamma = gamma_of(length)
 
     def decay_now(self, step):
-        """The decay (1 - 1/t)^(γ + 1) of step 0, 1, …, where step 0 ends at t = 1.
+        """The decay (1 - 1/t)^(γ + 1) of `step` 0, 1, …, where t is step + 1.
 
-        It is 0 there: the initial weights are never remembered.
+        In step 0 the decay is 0, so the initial weights have no share in the average.
         """
         return (1 - 1 / (step + 1)) ** (self.gamma + 1)
 
 
 def averages_of(parameters, decay, snapshots=False):
-    "The averages that a training keeps, by name: `ema`, and for snapshots a `PowerEma` of each length."
+    "A dict of the averages in a training: `ema`, and for `snapshots` a `PowerEma` of each of `lengths`."
     parameters = list(parameters)
     averages = {"ema": Ema(parameters, decay)}
     if snapshots:
@@ -117,9 +120,9 @@ def averages_of(parameters, decay, snapshots=False):
 
 # %% ../../nbs/1_core/10_ema.ipynb #ema-36
 def overlap(t_a, gamma_a, t_b, gamma_b):
-    """The inner product over time of two profiles, taken at the times t > 0 with exponents γ.
+    """The inner product over time of the weights of two averages: one at t_a with γ_a, one at t_b with γ_b.
 
-    Arrays broadcast.
+    The times are above 0. Arrays are broadcast.
     Source: Karras et al. 2024, algorithm 3.
     """
     earlier = np.minimum(t_a, t_b)
@@ -129,10 +132,11 @@ def overlap(t_a, gamma_a, t_b, gamma_b):
 
 
 def combination(times, gammas, time, gamma):
-    """Weights, float64 `(n,)`, that combine the averages at `times` to the one at `time` with `gamma`.
+    """How to combine n averages to one that was not kept: returns `(weights, error)`.
 
-    The averages have the exponents `gammas`. With the weights comes the relative error of the profile: 0 for
-    a perfect fit and 1 for none.
+    The n averages were taken at `times` and have the exponents `gammas`; the wanted one is at `time` and has
+    `gamma`. `weights`, float64 `(n,)`, are the factors of the n averages. `error` is the relative error of
+    the fit: 0 for a perfect one, 1 for none at all.
     Source: Karras et al. 2024, algorithm 3.
     """
     t = np.asarray(times, dtype=np.float64)
@@ -145,9 +149,9 @@ def combination(times, gammas, time, gamma):
 
 # %% ../../nbs/1_core/10_ema.ipynb #ema-40
 def save_snapshot(run_dir, step, system, averages):
-    """Write the `PowerEma`s among the `averages` of a system's trained parameters to `ema/STEP.safetensors`.
+    """Write the `PowerEma`s among `averages` to `ema/STEP.safetensors` in a run's folder.
 
-    That folder lies in a run's folder.
+    The averages are those of the trained parameters of `system`.
     Raises: OSError where the file cannot be written.
     """
     names = [name for name, p in system.named_parameters() if p.requires_grad]
@@ -161,10 +165,10 @@ def save_snapshot(run_dir, step, system, averages):
 
 
 def reconstruct(run_dir, length, step=None):
-    """The average of relative `length` at `step`, from a run's snapshots up to it.
+    """Compute the average of relative `length` at `step` from a run's snapshots up to that step.
 
-    Returns `({parameter: tensor}, error)`; the error is the relative one of the average's profile. Without a
-    `step` it is the average at the last snapshot.
+    Returns `({parameter: tensor}, error)` with the relative error of `combination`. A `step` of None is that
+    of the last snapshot.
     Raises: ValueError for a length out of range, FileNotFoundError where there are no snapshots.
     """
     snapshots = []  # (path, info) in the order of steps
@@ -182,22 +186,22 @@ def reconstruct(run_dir, length, step=None):
     weights, error = combination(times, gammas, step or times[-1], gamma_of(length))
 
     average = {}
+    start = 0  # of the current snapshot's weights
     for path, info in snapshots:
-        n = len(info["gammas"])
-        own = weights[:n]
-        weights = weights[n:]
         tensors, _ = load_tensors(path)
         for name, value in tensors.items():
-            i, _, parameter = name.partition(".")
-            average[parameter] = average.get(parameter, 0) + own[int(i)] * value.double()
+            i, _, parameter = name.partition(".")  # the i-th average of this snapshot
+            average[parameter] = average.get(parameter, 0) + weights[start + int(i)] * value.double()
+        start += len(info["gammas"])
     return {parameter: value.float() for parameter, value in average.items()}, error
 
 
 @torch.no_grad()
 def system_at_length(run_dir, length):
-    """The system of a run's folder with its average of relative `length`, in evaluation mode, and the error.
+    """The system of a run with the average of relative `length` as weights: `(system, error)`.
 
-    The average takes the place of the trained weights; what is not trained comes from `last.safetensors`.
+    The system is in evaluation mode; `error` is the relative error of the average. Parameters and buffers
+    that are not trained come from `last.safetensors`.
     Raises: ValueError for a length out of range or a system that cannot be rebuilt, FileNotFoundError where
     there are no snapshots or no `last.safetensors`.
     """

@@ -23,7 +23,7 @@ from .shapes import draw_shapes
 def _split_rows(labels, split, test_size):
     """The rows `(n,)` of the split `train` or `test`, stratified by `labels` and drawn by seed 0.
 
-    `test_size` is the number of test images, or a float, their share.
+    `test_size` is the number of test images if it is an int, and their share of all images if it is a float.
 
     Raises: ValueError where a class is too small.
     """
@@ -35,16 +35,19 @@ def _split_rows(labels, split, test_size):
 
 # %% ../../nbs/1_core/03_images.ipynb #images-15
 def _digits(split, size, root):
-    """scikit-learn's 1,797 digits, 1,437 to train and 360 to test with, bilinear to `size`, or 16 × 16.
+    """scikit-learn's 1,797 digits, 1,437 of them for training and 360 for testing.
 
-    `root` is not used: they come with the library.
+    They are scaled bilinearly to `size` pixels, to 16 where that is None. `root` is not used: the digits come
+    with scikit-learn.
     """
     from sklearn.datasets import load_digits
 
     data = load_digits()
     chosen = _split_rows(data.target, split, test_size=360)
-    x = torch.tensor(data.images[chosen] / 8 - 1, dtype=torch.float32)[:, None]
-    x = F.interpolate(x, size=(size or 16,) * 2, mode="bilinear")
+    size = size or 16
+    scaled = data.images[chosen] / 8 - 1  # the levels are 0 … 16
+    x = torch.tensor(scaled, dtype=torch.float32)[:, None]
+    x = F.interpolate(x, size=(size, size), mode="bilinear")
     return ImageSet(
         images=to_uint8(x),
         labels=torch.tensor(data.target[chosen], dtype=torch.int64),
@@ -53,7 +56,10 @@ def _digits(split, size, root):
 
 # %% ../../nbs/1_core/03_images.ipynb #images-24
 def _square(picture, size):
-    "A PIL picture's centre square, scaled to `size` pixels by antialiased bicubics; None leaves it as it is."
+    """The centre square of a PIL picture, scaled to `size` pixels by antialiased bicubic interpolation.
+
+    The picture stays as it is where `size` is None.
+    """
     if size is None:
         return picture
     return ImageOps.fit(picture, (size, size), method=Image.Resampling.BICUBIC)
@@ -84,8 +90,9 @@ def _read(path, size):
 
 # %% ../../nbs/1_core/03_images.ipynb #images-33
 def _stack(arrays, names):
-    """Arrays `(C, H, W)` of one size as a tensor `(N, C, H, W)`; grey among coloured ones become coloured.
+    """Stack arrays `(C, H, W)` to a tensor `(N, C, H, W)`.
 
+    If some are coloured and some grey, the grey ones get three equal channels.
     Raises: ValueError that gives the name of the first array of another size.
     """
     channels = max(len(array) for array in arrays)
@@ -97,14 +104,14 @@ def _stack(arrays, names):
                 f"{name} is {own_width} × {own_height}, others are {width} × {height}; "
                 "give a size to crop and scale to"
             )
-    alike = [np.broadcast_to(array, (channels, height, width)) for array in arrays]
-    return torch.from_numpy(np.stack(alike))
+    same_shape = [np.broadcast_to(array, (channels, height, width)) for array in arrays]
+    return torch.from_numpy(np.stack(same_shape))
 
 # %% ../../nbs/1_core/03_images.ipynb #images-36
 def _split_folders(path):
-    """The folders `{'train': …, 'test': …}` in `path`, or beside it where it is one of them.
+    """The folders of a tree that is split already, as `{'train': …, 'test': …}`; `{}` for any other tree.
 
-    Where nobody has split, `{}`.
+    `path` is the folder that holds both, or one of the two.
     """
     candidates = [path]
     if path.name in ("train", "test"):
@@ -119,40 +126,41 @@ def _split_folders(path):
 def _class_names(folders):
     """The names of all class folders in `folders`, sorted.
 
-    Raises: ValueError for `train` beside `val`, which would pass for two classes.
+    Raises: ValueError where `train` and `val` are among the names: these are splits and no classes.
     """
     names = set()
     for folder in folders:
-        for place in folder.iterdir():
-            if place.is_dir() and not place.name.startswith("."):
-                names.add(place.name)
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.name.startswith("."):
+                names.add(entry.name)
     if {"train", "val"} <= names:
         raise ValueError(f"{folders[0]} holds the folders train and val; name them train and test")
     return tuple(sorted(names))
 
 
-def _image_files(place, classes):
-    "Pairs (path, number of the class) of all image files in the class folders of `place`, at any depth."
+def _image_files(folder, classes):
+    "Pairs (path, number of the class) of all image files in the class folders of `folder`, at any depth."
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     files = []
     for label, name in enumerate(classes):
-        for path in sorted((place / name).rglob("*")):
+        for path in sorted((folder / name).rglob("*")):
             if path.suffix.lower() in IMG_EXTENSIONS:
                 files.append((path, label))
     return files
 
 # %% ../../nbs/1_core/03_images.ipynb #images-38
-def _read_tree(place, classes, size):
-    """All images of the class folders in `place` that can be read, as an `ImageSet`.
+def _read_tree(folder, classes, size):
+    """All readable images of the class folders in `folder`, as an `ImageSet`.
 
     Raises: ValueError if there are none, or for images of several sizes without a `size`.
     """
-    files = _image_files(place, classes)
+    files = _image_files(folder, classes)
     arrays = []
     paths = []
     labels = []
-    for path, label in tqdm(files, desc=place.name, disable=len(files) < 2000):
+    # fewer files are read before anybody looks for a progress bar
+    for path, label in tqdm(files, desc=folder.name, disable=len(files) < 2000):
         array = _read(path, size)
         if array is not None:
             arrays.append(array)
@@ -160,15 +168,16 @@ def _read_tree(place, classes, size):
             labels.append(label)
     if not arrays:
         raise ValueError(
-            f"no images in {place}; it must hold one folder for each class, "
+            f"no images in {folder}; it must hold one folder for each class, "
             "with files such as .jpg, .png or .webp in them"
         )
     return ImageSet(_stack(arrays, paths), torch.tensor(labels, dtype=torch.int64), classes)
 
 
 def _folder(path, split, size):
-    """Images of a tree with a folder for each class; a stratified fifth is the test if nobody has split it.
+    """The images of one split of a tree with a folder for each class.
 
+    A tree without the folders `train` and `test` is split here: a fifth of each class is for testing.
     Raises: ValueError for a missing folder, one without readable images, images of several sizes without a
     `size`, or a class that is too small to split.
     """
@@ -188,13 +197,13 @@ def _folder(path, split, size):
             f"too few images in {path} to set a fifth of each class aside for the test ({e}); "
             "make the folders train and test yourself"
         ) from e
-    return images[np.sort(rows)]
+    return images[np.sort(rows)]  # in the order of the files
 
 # %% ../../nbs/1_core/03_images.ipynb #images-40
 def _cifar10(split, size, root):
-    """CIFAR-10 by torchvision: 50,000 or 10,000 images of 32 × 32 pixels, or of `size`.
+    """CIFAR-10 by torchvision: 50,000 training or 10,000 test images, of 32 × 32 pixels or of `size`.
 
-    They are downloaded to the folder `root`, or `data`, unless they are there.
+    They are downloaded to the folder `root`, by default `data`, unless they are there already.
 
     Raises: RuntimeError that says what to get and where to put it, if there is no whole copy to be had.
     """
@@ -202,20 +211,23 @@ def _cifar10(split, size, root):
 
     root = Path(root or "data").expanduser()
     try:
-        found = CIFAR10(root, train=split == "train", download=True)
+        dataset = CIFAR10(root, train=split == "train", download=True)
     except Exception as e:  # torchvision and the network raise many kinds
         raise RuntimeError(
             f"CIFAR-10 is missing or damaged in {root} and could not be fetched ({e}); "
             f"get {CIFAR10.url} on another machine, place it in {root}, "
             f"delete {root / CIFAR10.base_folder} if it exists, and load again"
         ) from e
-    arrays = [_pixels(Image.fromarray(array), size) for array in found.data]
+    arrays = [_pixels(Image.fromarray(array), size) for array in dataset.data]
     names = [f"image {i}" for i in range(len(arrays))]
-    return ImageSet(_stack(arrays, names), torch.tensor(found.targets), tuple(found.classes))
+    return ImageSet(_stack(arrays, names), torch.tensor(dataset.targets), tuple(dataset.classes))
 
 # %% ../../nbs/1_core/03_images.ipynb #images-44
 def _shapes(split, size, root):
-    "4,096 `shapes` to train and 1,024 to test with, of 32 × 32 pixels or of `size`; `root` is not used."
+    """4,096 coloured shapes for training or 1,024 for testing, of 32 × 32 pixels or of `size`.
+
+    `root` is not used: the images are drawn anew.
+    """
     if split == "train":
         return draw_shapes(4096, size or 32, seed=0)
     return draw_shapes(1024, size or 32, seed=1)
@@ -226,8 +238,9 @@ sources = {"digits": _digits, "shapes": _shapes, "cifar10": _cifar10}
 
 
 def load(name, split="train", size=None, root=None):
-    """The `ImageSet` called `digits`, `shapes`, `cifar10`, or `folder:PATH` for a tree with a folder a class.
+    """Load a data set as an `ImageSet`.
 
+    `name` is `digits`, `shapes`, `cifar10`, or `folder:PATH` for a tree with one folder for each class.
     `split` is `train` or `test`. `size` crops to the centre square and scales to that many pixels; None and
     0 leave images as they are. `root` is the folder of data sets with files of their own, by default `data`.
 
@@ -235,8 +248,9 @@ def load(name, split="train", size=None, root=None):
     RuntimeError for files that are missing and cannot be fetched.
     """
     choice("split", split, ["train", "test"])
-    size = size or None
-    if size is not None and (not isinstance(size, int) or size < 1):
+    if not size:
+        size = None
+    elif not isinstance(size, int) or size < 1:
         raise ValueError(
             f"size must be a whole number of pixels, at least 1, or 0 for the images' own; got {size!r}"
         )

@@ -18,10 +18,10 @@ from .parameters import choice
 
 # %% ../../nbs/1_core/07_layers.ipynb #layers-19
 def time_embedding(t, dim, max_period=10_000.0, shift=0):
-    """Sines and cosines of `t`, int or float `(B,)`, at geometric frequencies: `(B, dim)` in [-1, 1].
+    """Sines and cosines of `t`, int or float `(B,)`, at dim/2 frequencies: `(B, dim)` in [-1, 1].
 
-    The slowest frequency lies `shift` below the (dim/2 + 1)-th, which would be 1 / max_period: with 1, as in
-    the code of Ho et al. 2020, it is just that.
+    Frequency i = 0, 1, … is max_period^(-i / (dim/2 - shift)). With a `shift` of 1, as in the code of Ho et
+    al. 2020, the slowest one is 1 / max_period; with 0 it is a little faster.
     Raises: ValueError for an odd `dim`.
     Source: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
@@ -34,7 +34,9 @@ def time_embedding(t, dim, max_period=10_000.0, shift=0):
 
 # %% ../../nbs/1_core/07_layers.ipynb #layers-27
 def group_norm(channels, groups=8):
-    """Group normalisation over gcd(`groups`, `channels`) groups of channels, `(B, C, …)` to the same shape.
+    """A layer that normalises groups of channels, `(B, C, …)` to the same shape.
+
+    It has gcd(`groups`, `channels`) groups, which always divides `channels`.
 
     Source: Wu and He 2018, equation 7.
     """
@@ -42,7 +44,7 @@ def group_norm(channels, groups=8):
 
 
 def zero_init(module):
-    'The same module with all its parameters at zero, so that the branch it ends starts as "no change".'
+    "Set all parameters of `module` to 0 and return it: a residual branch that ends with it adds 0 at first."
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -51,10 +53,11 @@ def zero_init(module):
 class ResidualBlock(nn.Module):
     """skip(x) + conv(dropout(silu(norm(conv(silu(norm(x))))))), `(B, c_in, H, W)` to `(B, c_out, H, W)`.
 
-    The skip is a 1 × 1 convolution if c_in ≠ c_out. With `c_emb`, a linear map of the embedding `(B, c_emb)`
-    scales and shifts what the second norm returns (Dhariwal and Nichol 2021, section 3.1) or, without
-    `scale_shift`, is added to what it is given (Ho et al. 2020).
-    Raises: ValueError for an embedding without `c_emb`, and the reverse.
+    The skip is a 1 × 1 convolution if c_in ≠ c_out, and the identity otherwise. With `c_emb` the block also
+    takes an embedding `(B, c_emb)`. A linear map of the embedding scales and shifts the output of the second
+    norm (Dhariwal and Nichol 2021, section 3.1) or, without `scale_shift`, is added to the input of that norm
+    (Ho et al. 2020).
+    Raises: ValueError where a block without `c_emb` gets an embedding, or a block with `c_emb` gets none.
     Source: He et al. 2016b, section 4.
     """
 
@@ -64,7 +67,7 @@ class ResidualBlock(nn.Module):
         c_out,  # channels of the output
         c_emb=None,  # numbers in the embedding, None for a block without one
         dropout=0.0,  # share of the activations that is set to zero in training
-        groups=8,  # of channels that are normalised together, or the nearest number that divides
+        groups=8,  # groups of channels in each norm: gcd(groups, channels)
         scale_shift=True,  # the embedding scales and shifts, or else it is added
     ):
         super().__init__()
@@ -75,10 +78,10 @@ class ResidualBlock(nn.Module):
         self.scale_shift = scale_shift
         self.emb = None
         if c_emb:
-            numbers = 2 * c_out if scale_shift else c_out
+            numbers = 2 * c_out if scale_shift else c_out  # a scale and a shift for each channel, or a shift
             self.emb = nn.Linear(c_emb, numbers)
             if scale_shift:
-                zero_init(self.emb)
+                zero_init(self.emb)  # no scaling and no shift at first
         self.skip = nn.Conv2d(c_in, c_out, kernel_size=1) if c_in != c_out else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
@@ -93,7 +96,7 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
     def _conditioned_norm(self, h, emb):
-        "The second norm, with what the embedding says."
+        "The output of the second norm, conditioned on the embedding if there is one."
         if emb is None:
             return self.norm2(h)
         y = self.emb(F.silu(emb))[:, :, None, None]
@@ -106,7 +109,7 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Attention among tokens, `(B, N, C)` to the same shape, in `heads` heads.
 
-    `linear(c_in, c_out)` makes its two maps.
+    `linear(c_in, c_out)` makes the two linear maps: to queries, keys and values, and of the output.
     Raises: ValueError where `heads` does not divide `channels`.
     Source: Vaswani et al. 2017, equation 1.
     """
@@ -124,12 +127,12 @@ class Attention(nn.Module):
         return self.split(self.qkv(x))
 
     def split(self, qkv):
-        "`(B, N, 3C)` into three of `(B, heads, N, C / heads)`."
+        "Split `(B, N, 3C)` into queries, keys and values, each `(B, heads, N, C / heads)`."
         by_head = qkv.unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C / heads)
         return by_head.permute(2, 0, 3, 1, 4).unbind(0)
 
     def mix(self, x):
-        "The attention's output before the last map, `(B, N, C)`."
+        "The values, averaged by the attention weights, `(B, N, C)`: the output before the last linear map."
         q, k, v = self.parts(x)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return mixed.transpose(1, 2).flatten(2)
@@ -138,9 +141,9 @@ class Attention(nn.Module):
         return self.out(self.mix(x))
 
     def weights(self, x):
-        """The softmax, `(B, heads, N, N)`: row i has the shares, 1 in sum, that place i takes of all others.
+        """The attention weights `(B, heads, N, N)`: row i holds the weights of all tokens for token i, sum 1.
 
-        It is there to be looked at; `forward` never has this table in full.
+        They are for pictures only: `forward` never computes the full matrix.
         """
         q, k, _ = self.parts(x)
         scores = (q @ k.transpose(2, 3)).float() / q.shape[3] ** 0.5
@@ -148,9 +151,9 @@ class Attention(nn.Module):
 
 # %% ../../nbs/1_core/07_layers.ipynb #layers-42
 class SelfAttention(Attention):
-    """x + attention over all pixels, `(B, C, H, W)` to the same shape, in `heads` heads.
+    """x + attention(norm(x)) with the pixels as tokens, `(B, C, H, W)` to the same shape, in `heads` heads.
 
-    The tokens of `weights` are the pixels, row by row.
+    In `weights` the pixels are numbered row by row.
     Raises: ValueError where `heads` does not divide `channels`.
     Source: Vaswani et al. 2017, equation 1; in a U-Net Ho et al. 2020, appendix B.
     """
@@ -175,17 +178,18 @@ resampling_modes = ("conv", "same", "pool")
 
 
 def _check_resampling(resample, c_in, c_out):
-    "ValueError for an unknown way, or for channels that pooling would have to change."
+    "Raise ValueError for an unknown mode, or for `pool` where the number of channels should change."
     choice("resample", resample, resampling_modes)
     if resample == "pool" and c_in != c_out:
         raise ValueError(f"pooling keeps the number of channels, so {c_in} cannot become {c_out}; use conv")
 
 
 def downsample(c_in, c_out, resample="conv"):
-    """Half the resolution: `(B, c_in, H, W)` to `(B, c_out, H/2, W/2)`.
+    """A layer that halves the resolution: `(B, c_in, H, W)` to `(B, c_out, H/2, W/2)`.
 
-    `conv` is a strided convolution that pads all round and rounds H/2 up. `same` pads right and below only,
-    as the code of Ho et al. 2020 does, for even H and W. `pool` is the mean of 2 × 2 pixels.
+    `conv` is a strided convolution that pads all four sides; H/2 and W/2 are rounded up. `same` pads right
+    and below only, as the code of Ho et al. 2020 does, and is for even H and W. `pool` takes the mean of
+    2 × 2 pixels.
     Raises: ValueError for another `resample`, or c_in ≠ c_out with `pool`.
     """
     _check_resampling(resample, c_in, c_out)
@@ -198,9 +202,9 @@ def downsample(c_in, c_out, resample="conv"):
 
 
 def upsample(c_in, c_out, resample="conv"):
-    """Twice the resolution: `(B, c_in, H, W)` to `(B, c_out, 2H, 2W)`.
+    """A layer that doubles the resolution: `(B, c_in, H, W)` to `(B, c_out, 2H, 2W)`.
 
-    Each pixel is repeated; a convolution follows, except with `pool`.
+    Each pixel is repeated; with `conv` and `same` a convolution follows.
     Raises: ValueError for another `resample`, or c_in ≠ c_out with `pool`.
     """
     _check_resampling(resample, c_in, c_out)
@@ -211,15 +215,15 @@ def upsample(c_in, c_out, resample="conv"):
 
 # %% ../../nbs/1_core/07_layers.ipynb #layers-frozen
 class Frozen(nn.Module):
-    """A module whose parts named in `frozen` are finished.
+    """Base class of modules with parts that are trained already.
 
-    They stay in evaluation mode when the rest goes into training mode.
+    The parts named in `frozen` stay in evaluation mode when the module is put into training mode.
     """
 
     frozen = ()  # names of attributes
 
     def train(self, mode=True):
-        "Training mode, or evaluation mode, for all but the frozen parts; returns the module."
+        "Put all but the frozen parts into training mode, or evaluation mode, and return the module."
         super().train(mode)
         for name in self.frozen:
             getattr(self, name).eval()

@@ -18,7 +18,7 @@ from .checkpoints import whole_file
 # %% ../../nbs/1_core/09_logs.ipynb #logs-05
 @dataclass(frozen=True)
 class Progress:
-    "What happened in a step of training."
+    "The results of one step of training."
 
     step: int  # 1, 2, …
     total: int  # steps that the training will have
@@ -37,7 +37,7 @@ class Progress:
         return float(self.terms["loss"])
 
     def row(self):
-        "The same as plain numbers, for a log."
+        "One row of a log: a dict of plain numbers, with the terms of the loss and the means of a validation."
         numbers = {
             "step": self.step,
             "seconds": round(self.seconds, 3),
@@ -52,10 +52,10 @@ class Progress:
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-08
 def read_log(run_dir):
-    """The rows of a run's `metrics.jsonl`, a list of dicts, [] where there is no such file.
+    """The rows of a run's `metrics.jsonl` as a list of dicts; [] where there is no such file.
 
-    A last line that was cut short by a kill is left out.
-    Raises: ValueError that names the line where another one is damaged.
+    A damaged last line is left out: a kill has cut it short.
+    Raises: ValueError for any other damaged line, with its number.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
@@ -74,13 +74,13 @@ def read_log(run_dir):
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-11
 def log_summary(run_dir):
-    """What a run's log comes to: `steps`, `seconds`, and the newest value of each term of the loss.
+    """A summary of a run's log as a dict: `steps`, `seconds`, and the newest value of each term of the loss.
 
     Raises: ValueError for an empty log.
     """
     newest = {}
     for row in read_log(run_dir):
-        newest.update(row)
+        newest.update(row)  # not every row has every name: those of a validation are rare
     if not newest:
         raise ValueError(f"{run_dir} has no log to sum up; train first")
     summary = {"steps": newest.pop("step")}
@@ -91,10 +91,10 @@ def log_summary(run_dir):
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-14
 class Log:
-    """Rows of numbers to `metrics.jsonl` and to TensorBoard's events, both in a run's folder.
+    """Writes rows of numbers to `metrics.jsonl` and to TensorBoard's events, both in a run's folder.
 
-    What is there after step `after` is cut off first. Call it with a dict that has a `step`, and `close` it
-    at the end.
+    Rows of steps beyond `after` that are there already are removed first. Call the log with a row, a dict
+    with a `step`, and `close` it at the end.
     Raises: OSError where the folder cannot be written.
     """
 
@@ -115,40 +115,40 @@ class Log:
             self.board.add_scalar(name, value, row["step"])
 
     def close(self):
-        "Nothing can be written after this."
+        "Close both files; after this nothing can be written."
         self.file.close()
         self.board.close()
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-21
 def check_finite(terms, step, path):
-    """Nothing, if all `terms`, numbers or scalar tensors by name, are finite.
+    """Check that all `terms`, a dict of numbers or scalar tensors by name, are finite.
 
-    Raises: FloatingPointError that names the `step` and those that are not, and whether `path`, the last
-    checkpoint, is there.
+    Raises: FloatingPointError where some are not. The message names them and the `step`, and says whether
+    there is a checkpoint at `path` to go back to.
     """
-    bad = [f"{name} is {float(value)}" for name, value in terms.items() if not math.isfinite(value)]
-    if not bad:
+    not_finite = [f"{name} is {float(value)}" for name, value in terms.items() if not math.isfinite(value)]
+    if not not_finite:
         return
     if Path(path).is_file():
-        kept = f"{path} holds the last good state"
+        last_state = f"{path} holds the last good state"
     else:
-        kept = "no checkpoint was due before"
+        last_state = "no checkpoint was due before"
     raise FloatingPointError(
-        f"step {step}: {', '.join(bad)}; {kept}; "
+        f"step {step}: {', '.join(not_finite)}; {last_state}; "
         "start over in an empty folder with a lower lr or clip, or a longer warmup"
     )
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-24
 def progress_bar(records, total, what="training"):
-    """The same records, with a progress bar called `what` that shows the step, of `total`, and the loss.
+    """Yield the same `records` and show a progress bar called `what` with the step, of `total`, and the loss.
 
-    The loss is read only when the bar is drawn.
+    The loss is read only when the bar is drawn: reading makes an accelerator wait.
     """
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, mininterval=0.5) as line:
+    with tqdm(total=total, desc=what, mininterval=0.5) as bar:
         for record in records:
-            drawn = line.update(record.step - line.n)
+            drawn = bar.update(record.step - bar.n)
             if drawn or record.step >= total:
-                line.set_postfix(loss=f"{record.loss:.4g}", refresh=False)
+                bar.set_postfix(loss=f"{record.loss:.4g}", refresh=False)
             yield record

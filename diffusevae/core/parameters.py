@@ -34,14 +34,14 @@ def notebooks_folder():
 
 
 def find_notebook(name, kind="notebook"):
-    """The path of a run notebook, or of a recipe (`kind="recipe"`), given by its name or its path.
+    """The path of a run notebook or, for a `kind` of "recipe", of a recipe; `name` is its name or its path.
 
-    Raises: ValueError that lists the names, for an unknown one.
+    Raises: ValueError for an unknown name; the message lists the known ones.
     """
     suffix = ".ipynb" if kind == "notebook" else ".yaml"
-    given = Path(name)
-    if given.suffix == suffix and given.is_file():
-        return given
+    path = Path(name)
+    if path.suffix == suffix and path.is_file():
+        return path
     folder = notebooks_folder()
     if kind == "recipe":
         folder = folder / "recipes"
@@ -81,7 +81,7 @@ def _parameter(assignment, source):
 
 # %% ../../nbs/1_core/12_parameters.ipynb #parameters-09
 def parameters_of(path):
-    """The `parameters` cell of a notebook as {name: Parameter}: literals, their types and their comments.
+    """The parameters in the `parameters` cell of a notebook as a dict: {name: Parameter}.
 
     Raises: ValueError for a notebook without such a cell, or a value in it that is no plain literal.
     """
@@ -98,7 +98,7 @@ def parameters_of(path):
 def parameter_named(name, spec):
     """The parameter called `name` of a `spec`, which is what `parameters_of` returns.
 
-    Raises: ValueError for an unknown name, with the nearest name there is.
+    Raises: ValueError for an unknown name; the message proposes the most similar one.
     """
     if name in spec:
         return spec[name]
@@ -108,23 +108,24 @@ def parameter_named(name, spec):
 
 
 def checked_parameters(given, spec):
-    """All parameters of `spec`: the values in `given`, a dict by name, and the defaults of the others.
+    """The values of all parameters of `spec` by name: those in the dict `given`, and defaults for the others.
 
-    Raises: ValueError for an unknown name or a wrong type; an int will do for a float.
+    An int is accepted for a float and converted.
+    Raises: ValueError for an unknown name or a value of the wrong type.
     """
     for name, value in given.items():
         kind = parameter_named(name, spec).type
         int_for_float = kind is float and type(value) is int
         if type(value) is not kind and not int_for_float:
             raise ValueError(f"{name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
-    # Calling the type turns an int into the float that is meant, and copies a list or a dict.
+    # calling the type converts an int to a float where a float is meant, and copies a list or a dict
     return {name: parameter.type(given.get(name, parameter.default)) for name, parameter in spec.items()}
 
 # %% ../../nbs/1_core/12_parameters.ipynb #parameters-17
 def choice(name, value, options):
-    """What `value` stands for in the dict `options`, or `value` itself where `options` lists what is allowed.
+    """Check that `value` is one of `options`; returns `options[value]` for a dict, and `value` for a list.
 
-    Raises: ValueError that names the parameter `name` and lists its values.
+    Raises: ValueError for any other value; the message has the parameter's `name` and lists the options.
     """
     allowed = list(options)
     if value not in allowed:
@@ -161,9 +162,10 @@ def at_least(least, /, **values):
 
 # %% ../../nbs/1_core/12_parameters.ipynb #parameters-20
 def parse_parameter(name, text, spec):
-    """A parameter's value from the text of a command line; lists and dicts in Python's notation or in YAML's.
+    """Convert the text of a command line to the value of a parameter.
 
-    Raises: ValueError that names the type, when the text does not fit.
+    Lists and dicts may be written as in Python or as in YAML.
+    Raises: ValueError for a text that does not fit the parameter's type; the message names the type.
     """
     kind = parameter_named(name, spec).type
     if kind is str:
@@ -172,11 +174,15 @@ def parse_parameter(name, text, spec):
         value = {"true": True, "false": False}.get(text.lower(), text)
     else:
         value = _literal(text, or_yaml=kind in (list, dict))
+    # a text that could not be converted is refused here, since its type is still str
     return checked_parameters({name: value}, spec)[name]
 
 
 def _literal(text, or_yaml):
-    "The Python literal that a text is, or what YAML makes of it where that is asked for, or the text itself."
+    """The value of a Python literal; with `or_yaml`, of a text in YAML that is no Python literal.
+
+    A text that is neither is returned as it is.
+    """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -189,18 +195,21 @@ def _literal(text, or_yaml):
 
 # %% ../../nbs/1_core/12_parameters.ipynb #parameters-23
 def parameters_given_in(namespace, spec):
-    """What a running notebook was given, as {name: value}; `namespace` is its `globals()`.
+    """The parameters that a running notebook was given, as {name: value}; `namespace` is its `globals()`.
 
-    papermill passes values as plain variables. A misspelt one must show, imported constants must not. So the
-    names are those that the parameters cell and papermill's cell after it assign; both cells are found in
-    `In`, IPython's history. Without a history they are all plain values without a leading underscore.
+    papermill passes parameters as plain variables. Misspelt ones must be in the result, so that they can be
+    refused, and imported constants must not. The names are therefore those that the parameters cell assigns,
+    and papermill's cell after it; both cells are found in `In`, the history of IPython. Without a history the
+    names are those in `spec`, and those of all other plain values without a leading underscore.
     """
     history = namespace.get("In", [])
     start = _last_parameters_cell(history, spec)
     if start is None:
-        return {
-            name: value for name, value in namespace.items() if name in spec or _may_be_given(name, value)
-        }
+        given = {}
+        for name, value in namespace.items():
+            if name in spec or _may_be_given(name, value):
+                given[name] = value
+        return given
     names = _assigned(history[start])
     for source in history[start + 1 :]:
         if source.startswith("# Parameters"):  # papermill's cell
@@ -223,13 +232,17 @@ def _last_parameters_cell(history, spec):
 
 
 def _may_be_given(name, value):
-    "Could this variable be a parameter? For a namespace without a history."
-    of_ipython = name in ("In", "Out")
-    return type(value) in parameter_kinds and not name.startswith("_") and not of_ipython
+    "Whether a variable could be a parameter: a plain value, neither private nor one of IPython's own."
+    if name.startswith("_") or name in ("In", "Out"):
+        return False
+    return type(value) in parameter_kinds
 
 
 def _assigned(source):
-    "The names that a cell's own lines assign; none for a cell that is not Python, such as one with a magic."
+    """The names that the top-level lines of a cell assign.
+
+    A cell that is not Python, such as one with a magic, has none.
+    """
     try:
         body = ast.parse(source).body
     except SyntaxError:

@@ -12,22 +12,28 @@ import torch
 
 # %% ../../nbs/1_core/01_pixels.ipynb #pixels-images-05
 class Rows:
-    "What sets of images and of latents share: fields that are tensors with a row a sample, or None."
+    """Base class of sets of samples, such as images or latents.
+
+    A subclass is a dataclass. Each field that holds a tensor has one row for each sample.
+    """
 
     def __len__(self):
         return len(self._samples)
 
     def __getitem__(self, i):
-        "The samples of a slice, a mask, an index tensor or one number, as a set of the same kind."
+        """A set of the same class with some of the samples.
+
+        `i` is a slice, a mask, an index tensor or the number of one sample.
+        """
         if isinstance(i, int):
             i = [i]  # one sample is a set of one: the batch axis stays
         chosen = {name: rows[i] for name, rows in self._tensors().items()}
         return replace(self, **chosen)
 
     def to(self, device):
-        """The same set with its tensors on `device`, coloured images with the channels last.
+        """The same set with its tensors on `device`, and coloured images in the memory order channels-last.
 
-        Batches then need neither a transfer nor a copy.
+        Batches that are cut from this set then need neither a transfer nor a copy.
         """
         placed = {}
         for name, rows in self._tensors().items():
@@ -38,7 +44,7 @@ class Rows:
 
     @property
     def _samples(self):
-        "The first field: what there is one of for each sample."
+        "The first field, for example the images; its rows are the samples."
         return getattr(self, fields(self)[0].name)
 
     def _tensors(self):
@@ -46,14 +52,18 @@ class Rows:
         return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
 
     def _check_lengths(self, what):
-        "Raises ValueError unless all tensors have as many rows as the first field, `what` in words."
+        """Check that all tensors have as many rows as the first field.
+
+        The error calls that field `what`, for example "images".
+        Raises: ValueError where a tensor has another number of rows.
+        """
         if any(len(rows) != len(self) for rows in self._tensors().values()):
             raise ValueError(f"labels and attributes must have one row for each of the {len(self)} {what}")
 
 # %% ../../nbs/1_core/01_pixels.ipynb #pixels-image-set
 @dataclass(frozen=True)
 class ImageSet(Rows):
-    """Images with what is known of each of them.
+    """Images, and the labels and attributes of each image where they are known.
 
     Raises: ValueError for images of another type or shape, and for labels or attributes of another length.
     """
@@ -77,7 +87,7 @@ class ImageSet(Rows):
 
     @property
     def size(self):
-        "Pixels of a side: the height."
+        "The height of the images in pixels; for square images also the width."
         return self.images.shape[2]
 
     @property
@@ -88,18 +98,18 @@ class ImageSet(Rows):
 # %% ../../nbs/1_core/01_pixels.ipynb #pixels-images-08
 @dataclass(frozen=True)
 class Batch:
-    "What a system's loss is given: images, and what is known of them, a row a sample, or None."
+    "The argument of a system's loss: images, and whatever is known of them, with one row for each image."
 
     x: torch.Tensor  # images, float32 (B, C, H, W) in [-1, 1]
     label: torch.Tensor | None = None  # int64 (B,)
     attributes: torch.Tensor | None = None  # float (B, A)
-    index: torch.Tensor | None = None  # int64 (B,), the rows of the set
+    index: torch.Tensor | None = None  # int64 (B,), the images' row numbers in their set
 
 # %% ../../nbs/1_core/01_pixels.ipynb #pixels-images-11
 def to_float(images):
-    """uint8 images as float32 in [-1, 1]: 0 is -1, 255 is 1.
+    """Convert uint8 images to float32 in [-1, 1]: 0 becomes -1, and 255 becomes 1.
 
-    Raises: ValueError for any other type.
+    Raises: ValueError for images of another type.
     """
     if images.dtype != torch.uint8:
         raise ValueError(
@@ -109,9 +119,9 @@ def to_float(images):
 
 
 def to_uint8(x):
-    """Images in [-1, 1] as uint8, rounded to the nearest; what lies outside is clipped.
+    """Convert images in [-1, 1] to uint8, rounded to the nearest level; values outside are clipped.
 
-    This is the only place that rounds.
+    No other function of the package rounds images.
     Raises: ValueError for integers.
     """
     if not x.is_floating_point():
@@ -121,13 +131,13 @@ def to_uint8(x):
 
 # %% ../../nbs/1_core/01_pixels.ipynb #pixels-column
 def column(row, x):
-    "Numbers `(B,)`, one a sample, shaped to multiply `x` `(B, …)`."
+    "Reshape `row` `(B,)`, one number for each sample, to `(B, 1, …)`, so that it can multiply `x` `(B, …)`."
     ones = [1] * (x.ndim - 1)
     return row.reshape(-1, *ones)
 
 # %% ../../nbs/1_core/01_pixels.ipynb #pixels-map-batches
 def map_batches(function, rows, batch_size=256, device=None):
-    """`function` of consecutive batches of `rows` `(N, …)`, its results joined in order, `(N, …)`.
+    """Apply `function` to consecutive batches of `rows` `(N, …)` and join the results in order, `(N, …)`.
 
     Each batch is moved to `device` first, unless that is None.
     """
@@ -140,12 +150,14 @@ def map_batches(function, rows, batch_size=256, device=None):
 
 # %% ../../nbs/1_core/01_pixels.ipynb #pixels-draw-gaussian
 def draw_gaussian(mean, covariance, n, generator=None):
-    """`n` rows `(n, d)` from the Gaussian with this `mean` `(d,)` and `covariance` `(d, d)`, all float64.
+    """Draw `n` rows `(n, d)` from the Gaussian with `mean` `(d,)` and `covariance` `(d, d)`, all float64.
 
     The covariance may be singular. The generator is the global one unless one is given.
     """
-    # covariance = V diag(values) Vᵀ; not Cholesky, because pixels that never change make it singular
+    # covariance = V diag(values) Vᵀ. Cholesky would fail: pixels that never change make it singular.
     values, vectors = torch.linalg.eigh(covariance)
     z = torch.randn(n, len(mean), dtype=torch.float64, generator=generator)
-    along_axes = z * values.clamp(min=0).sqrt()  # independent, each with the variance of its axis
+    # along the eigenvectors the coordinates are independent, with the eigenvalues as variances;
+    # rounding can make a variance of 0 slightly negative
+    along_axes = z * values.clamp(min=0).sqrt()
     return mean + along_axes @ vectors.T

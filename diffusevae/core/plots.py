@@ -21,14 +21,17 @@ palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-09
 def axes(columns=1, rows=1, width=3.2, height=2.4):
-    "A new figure, `width` × `height` inches for each of its axes, and the axes in a flat list, row by row."
+    """A new figure, and its axes in a flat list, row by row.
+
+    Each of the `columns` × `rows` axes takes `width` × `height` inches.
+    """
     # no pyplot: no state shared with other notebooks
     fig = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=90)
     return fig, list(fig.subplots(rows, columns, squeeze=False).flat)
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-12
 def _rows_and_columns(images, columns):
-    """Rows and columns of a tiling, by default about as many of one as of the other.
+    """The numbers of rows and columns that a tiling of `images` has, about equal where `columns` is None.
 
     Raises: ValueError for anything but a set of uint8 images.
     """
@@ -42,11 +45,11 @@ def _rows_and_columns(images, columns):
 
 
 def tile(images, columns=None, gap=1):
-    """Images side by side as one: uint8 `(N, C, H, W)` to an `(h, w, 3)` array, row by row.
+    """Lay images side by side, row by row: uint8 `(N, C, H, W)` become one array `(h, w, 3)`.
 
-    `gap` white pixels lie between them.
+    `gap` white pixels lie between neighbours.
 
-    Raises: ValueError for other types or shapes; for floats it names the call that converts them.
+    Raises: ValueError for other types or shapes; its message names the function that converts floats.
     """
     rows, columns = _rows_and_columns(images, columns)
     n, _, height, width = images.shape
@@ -57,19 +60,19 @@ def tile(images, columns=None, gap=1):
     cells = cells.reshape(rows, columns, 3, cell_height, cell_width)
     canvas = cells.permute(0, 3, 1, 4, 2)  # rows, height, columns, width, colours
     canvas = canvas.reshape(rows * cell_height, columns * cell_width, 3)
-    without_last_gap = slice(-gap or None)
+    without_last_gap = slice(-gap if gap else None)
     return canvas[without_last_gap, without_last_gap].numpy()
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-15
 def show_images(ax, images, columns=None, title=""):
-    "Draw uint8 images `(N, C, H, W)` as one picture into an axis."
+    "Draw uint8 images `(N, C, H, W)` side by side into the axis `ax`."
     ax.imshow(tile(images, columns), interpolation="nearest")
     ax.set_title(title, fontsize=9)
     ax.axis("off")
 
 
 def image_grid(images, columns=None, title=""):
-    "A figure of uint8 images `(N, C, H, W)`, row by row."
+    "A figure that shows uint8 images `(N, C, H, W)` side by side, row by row."
     rows, columns = _rows_and_columns(images, columns)
     room_for_title = 0.3 if title else 0.0
     fig, (ax,) = axes(width=min(9.0, 0.7 * columns), height=min(9.0, 0.7 * rows) + room_for_title)
@@ -78,7 +81,10 @@ def image_grid(images, columns=None, title=""):
 
 
 def labelled_rows(named):
-    "A figure with a labelled row of uint8 images `(N, C, H, W)` for each name: to compare down its columns."
+    """A figure with one labelled row of images for each entry of `named`, to compare them column by column.
+
+    `named` is a dict from labels to uint8 images `(N, C, H, W)`.
+    """
     columns = max(len(images) for images in named.values())
     fig, axs = axes(rows=len(named), width=min(9.0, 0.65 * columns + 1.2), height=0.75)
     for ax, (name, images) in zip(axs, named.items()):
@@ -88,7 +94,8 @@ def labelled_rows(named):
         ax.spines[:].set_visible(False)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     fig.get_layout_engine().set(w_pad=0.1)
-    fig.draw_without_rendering()  # the layout knows how wide the labels are only after it was drawn once
+    # only a figure that was drawn once has a layout that knows the width of the labels
+    fig.draw_without_rendering()
     return fig
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-18
@@ -100,7 +107,7 @@ def png(fig):
 
 
 class Picture:
-    """A figure as a notebook shows it, with an `alt` text for whoever does not see it.
+    """A figure for display in a notebook, with an `alt` text for readers who cannot see it.
 
     Raises: ValueError for an empty text.
     """
@@ -126,9 +133,10 @@ def line_plot(
     title="",  # above the axis
     **style,  # for matplotlib's `plot`: linewidth, marker, …
 ):
-    "Curves over `x`, one for each name, distinct by colour and by dash; a legend if there are several."
+    "Draw one curve for each entry of `named`, distinct by colour and dash; several curves get a legend."
     for i, (name, y) in enumerate(named.items()):
         color = palette[i % len(palette)]
+        # a colour that comes again needs another dash, and 4 dashes divide 8 colours: shift them by one
         round_of_colours = i // len(palette)
         dash = ("-", "--", "-.", ":")[(i + round_of_colours) % 4]
         ax.plot(x, y, color=color, linestyle=dash, label=name, **style)
@@ -140,20 +148,23 @@ def line_plot(
 
 
 def log_scale(ax, which="xy", subs=(1, 2, 5)):
-    """Logarithmic scales of an axis, for `x`, `y` or both, with numbers that one can read off.
+    """Make the axis `ax` logarithmic in `x`, in `y` or in both, with plain decimal numbers at the ticks.
 
-    `subs` are the ticks of a decade: 0.1, 0.2, 0.5, 1, 2, … for (1, 2, 5).
+    `subs` are the ticks of a decade: (1, 2, 5) gives 0.1, 0.2, 0.5, 1, 2, …
     """
-    for name in which:
-        getattr(ax, f"set_{name}scale")("log")
-        axis = getattr(ax, f"{name}axis")
+    for direction in which:
+        getattr(ax, f"set_{direction}scale")("log")
+        axis = getattr(ax, f"{direction}axis")
         axis.set_major_locator(LogLocator(subs=subs))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:g}")
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-24
 def knob(name, values):
-    "A widget: a slider for a `range` or a tuple of floats (least, most, step), a menu for a list."
+    """A widget to choose one of `values` with.
+
+    A `range` or a tuple of floats (least, most, step) gives a slider, a list gives a menu.
+    """
     import ipywidgets
 
     if isinstance(values, range):
@@ -168,10 +179,11 @@ def knob(name, values):
 
 
 def explore(draw, **knobs):
-    """Knobs over a picture that is drawn again when one of them moves: a box, the picture its last child.
+    """A box of knobs with a picture below them, which is drawn again whenever a knob moves.
 
-    `draw` is a pure function of the knobs' values to a figure. Each of `knobs` is a range, a tuple of floats
-    (least, most, step) or a list.
+    `draw` takes the values of the knobs by name and returns a figure; it must have no side effects. Each of
+    `knobs` is a range, a tuple of floats (least, most, step) or a list. The picture is the last child of the
+    box.
     """
     import ipywidgets
 

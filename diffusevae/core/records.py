@@ -38,48 +38,53 @@ from .plots import Picture
 
 # %% ../../nbs/1_core/13_records.ipynb #records-05
 def utc_now():
-    "The time in UTC, to the second, as ISO 8601 writes it."
+    "The current time in UTC, to the second, as a text in ISO 8601."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _answer_of_git(folder, *words):
-    "What `git WORDS` prints in a folder, None where it fails. Raises: OSError where there is no git."
+    """The output of `git WORDS` in a folder, None where git fails.
+
+    Raises: OSError where git is not installed.
+    """
     done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _git(folder):
-    """Commit of the checkout that `folder` belongs to, and whether the checkout has changes.
+    """The commit of the checkout that `folder` belongs to, and whether the checkout has changes.
 
-    Both are None for a folder that git does not keep.
+    Both are None if git does not track the package in `folder`.
     """
-    commit = None
+    unknown = {"commit": None, "dirty": None}
     try:
-        if _answer_of_git(folder, "ls-files", "__init__.py"):
-            commit = _answer_of_git(folder, "rev-parse", "HEAD")
+        # a package that is installed into a folder of another project is none of that project's files
+        if not _answer_of_git(folder, "ls-files", "__init__.py"):
+            return unknown
+        commit = _answer_of_git(folder, "rev-parse", "HEAD")
     except OSError:
-        commit = None
+        return unknown
     if commit is None:
-        return {"commit": None, "dirty": None}
+        return unknown
     changes = _answer_of_git(folder, "status", "--porcelain")
     return {"commit": commit, "dirty": bool(changes)}
 
 # %% ../../nbs/1_core/13_records.ipynb #records-06
 def _versions():
-    "Versions of Python, this package and those that results depend on; None for one not installed."
-    found = {"python": platform.python_version(), "diffusevae": diffusevae.__version__}
+    "The versions of Python, of this package and of those that results depend on; None if not installed."
+    versions = {"python": platform.python_version(), "diffusevae": diffusevae.__version__}
     for name in ("torch", "torchvision", "torchmetrics", "numpy", "papermill"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _device(name):
-    """What a `device` parameter stands for here, in words.
+    """A description of the device that a `device` parameter names.
 
-    A name that does not exist stays as it is, since the run itself will say what is wrong with it.
+    An unknown name is returned as it is, since the run itself will refuse it.
     """
     try:
         return device_name(name)
@@ -88,7 +93,7 @@ def _device(name):
 
 # %% ../../nbs/1_core/13_records.ipynb #records-08
 def new_record(notebook, parameters, status="running", **more):
-    "What a run says of itself from its first second, as a plain dict; `more` are entries that replace these."
+    "The record with which a run starts, as a plain dict; entries in `more` are added or replace others."
     return {
         "notebook": notebook,
         "parameters": parameters,
@@ -115,17 +120,17 @@ _clock_error = 2  # seconds: heartbeats are written to the second, and so is the
 
 
 def is_alive(record):
-    """Is the process that writes this record still there?
+    """Whether the process that writes this record still runs.
 
-    Its heartbeat must be fresh. On this machine, its process must exist as well, be no zombie, and have been
-    started before the heartbeat: a later process only has the same number.
+    The record's heartbeat must be fresh. If the process is on this machine, it must also exist, be no zombie,
+    and have started before the heartbeat: one that started later is another process with the same number.
     """
     heartbeat = datetime.fromisoformat(record["heartbeat"])
     age = (datetime.now(timezone.utc) - heartbeat).total_seconds()
     if age > stale_after:
         return False
     if record["host"] != socket.gethostname():
-        return True  # nothing can be looked up there
+        return True  # the processes of another machine cannot be looked up
     try:
         process = psutil.Process(record["pid"])
         zombie = process.status() == psutil.STATUS_ZOMBIE
@@ -138,9 +143,9 @@ def is_alive(record):
 
 # %% ../../nbs/1_core/13_records.ipynb #records-14
 def read_record(run_dir):
-    """The record of a run's folder, None where there is none.
+    """The record in a run's folder, None where there is none.
 
-    A run whose process is gone has status `killed`, whatever it had written.
+    A record that says `running` is returned with status `killed` if its process is gone.
     """
     path = Path(run_dir) / "record.json"
     if not path.is_file():
@@ -152,10 +157,10 @@ def read_record(run_dir):
 
 
 def claim_folder(run_dir, notebook, parameters):
-    """The record already in `run_dir` if it is of this very run, None if the folder is free.
+    """Check that a run may use `run_dir`; returns the record that the same run left there, or None.
 
-    Raises: ValueError for the folder of a run of another notebook or with other parameters, and for one that
-    another process is executing.
+    The same run is one of the same notebook with the same parameters. A refused run does not count.
+    Raises: ValueError if the folder holds another run, or if another process is executing this one.
     """
     record = read_record(run_dir)
     if record is None or record.get("refused"):
@@ -177,38 +182,39 @@ def claim_folder(run_dir, notebook, parameters):
 
 # %% ../../nbs/1_core/13_records.ipynb #records-of-study-code
 def records_of_study(study):
-    """The records of the runs in a study's folder, by the names of their folders, in alphabetical order.
+    """The records of the runs in a study's folder, as a dict by the sorted names of their folders.
 
-    The dict is empty where there are none, or no such folder. A file that is no record is left out, with a
-    warning.
+    The dict is empty if the study's folder holds no runs or does not exist. A file that is no record is left
+    out, with a warning.
     """
-    found = {}
+    records = {}
     for path in sorted(Path(study).glob("*/record.json")):
         try:
-            found[path.parent.name] = read_record(path.parent)
+            records[path.parent.name] = read_record(path.parent)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
             warnings.warn(f"left out {path}: it is no record ({e})", stacklevel=2)
-    return found
+    return records
 
 # %% ../../nbs/1_core/13_records.ipynb #records-19
 def record_refusal(run_dir, notebook, parameters, error):
-    """Leave a record with status `failed` of a run that never started.
+    """Write a record with status `failed` for a run that was refused before it started.
 
-    A record of another run that is there already is not touched: this one goes beside it, as
-    `record.refused.json`.
+    If the folder holds the record of a run that did start, that one stays as it is, and the new record
+    becomes `record.refused.json`.
     """
     plain = {name: v if type(v) in parameter_kinds else repr(v) for name, v in parameters.items()}
     record = new_record(notebook, plain, "failed", error=str(error), refused=True)
     existing = read_record(run_dir)
     occupied = existing is not None and not existing.get("refused")
     try:
-        write_json(Path(run_dir) / ("record.refused.json" if occupied else "record.json"), record)
+        file_name = "record.refused.json" if occupied else "record.json"
+        write_json(Path(run_dir) / file_name, record)
     except OSError:
-        pass  # nothing can be written there: the error itself says so
+        pass  # the caller raises `error`, which matters more than a folder that cannot be written
 
 # %% ../../nbs/1_core/13_records.ipynb #records-22
 class RecordWriter:
-    "A record on the disk that is kept fresh while its process lives: every second it is written anew."
+    "Writes a run's record to its folder, and every second again with a new heartbeat, until the run ends."
 
     def __init__(self, run_dir, notebook, parameters, **more):
         self.dir = Path(run_dir)
@@ -233,45 +239,49 @@ class RecordWriter:
                 print(e, file=sys.stderr)
 
     def end(self, status, **changes):
-        "The last entry."
+        "Write the record for the last time, with the final `status`, and stop the heartbeat."
         self.ended.set()
         self.write(status=status, end=utc_now(), progress=None, **changes)
 
     def finish(self, **metrics):
-        "The run is complete; `metrics` go into its record."
+        "Record that the run is complete, with its `metrics`."
         self.end("completed", error=None, metrics=metrics)
 
     def fail(self, error):
-        "The run has failed or was interrupted by the exception `error`, which the record quotes."
+        """Record that the exception `error` has ended the run.
+
+        The status is `killed` if the run, or a run of the study, was interrupted, and `failed` otherwise.
+        """
         if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
             self.end("killed", error="interrupted")
             return
         sentence = f"{type(error).__name__}: {error}".removesuffix(": ")
-        of_killed_run = getattr(error, "status", None) == "killed"  # a study's run, whose kernel was killed
+        # a study ends with the RunFailed of one of its runs, whose kernel may have been killed
+        of_killed_run = getattr(error, "status", None) == "killed"
         self.end("killed" if of_killed_run else "failed", error=sentence)
 
 # %% ../../nbs/1_core/13_records.ipynb #records-25
 class Run(RecordWriter):
-    "A run from the inside of its notebook: its folder, its record, its artefacts, and how far it has come."
+    "A run as its own notebook sees it: the folder `dir`, the `record`, and methods that add to them."
 
     quiet = True  # no progress bar of its own: whoever started the run draws one from the record
 
     def track(self, records, total, what="training"):
-        """Yield the same `records`, and write into the run's record, once a second, how far they have come.
+        """Yield the same `records` and note the progress in the run's record, about once a second.
 
         `total` is the number of records or, where they have an attribute `step`, the last step.
         """
         from tqdm import tqdm
 
         started = time.perf_counter()
-        noted = started
+        last_noted = started
         bar = tqdm(records, total=total, desc=what, mininterval=1, disable=self.quiet)
         for i, record in enumerate(bar, 1):
             step = getattr(record, "step", i)
             now = time.perf_counter()
-            # Not at every step: reading a loss makes an accelerator wait.
-            if now - noted > 1 or i == 1 or step == total:
-                noted = now
+            # not at every step, since reading a loss makes an accelerator wait
+            if now - last_noted > 1 or i == 1 or step == total:
+                last_noted = now
                 self.record["progress"] = {
                     "what": what,
                     "step": step,
@@ -282,7 +292,10 @@ class Run(RecordWriter):
             yield record
 
     def artefact(self, name, path):
-        "Name a file for the record, relative to the run's folder; returns its path, whose folder is made."
+        """Enter a file into the record as the artefact `name`; `path` is relative to the run's folder.
+
+        Returns the file's whole path. Its folder exists then, but the file is the caller's to write.
+        """
         path = self.dir / path
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.lock:
@@ -290,39 +303,40 @@ class Run(RecordWriter):
         return path
 
     def picture(self, figure, alt, name="pictures"):
-        "Keep a figure as the artefact `name` (a PNG file), and show it with its `alt` text."
+        "Save a figure as the artefact `name`, a PNG file, and return it as a `Picture` with its `alt` text."
         picture = Picture(figure, alt)
         self.artefact(name, f"{name}.png").write_bytes(picture.png)
         return picture
 
     def arguments_for(self, function):
-        "Those of the run's parameters that `function`, or a class, takes, by name."
-        taken = inspect.signature(function).parameters
-        return {name: value for name, value in self.record["parameters"].items() if name in taken}
+        "The run's parameters that `function`, which may be a class, has in its signature, as a dict by name."
+        signature = inspect.signature(function).parameters
+        return {name: value for name, value in self.record["parameters"].items() if name in signature}
 
     def finish_training(self, **more):
-        """The training in this folder is complete.
+        """Record that the training in this folder is complete.
 
-        Its log becomes an artefact and the log's `log_summary` the metrics; `more` metrics replace these.
+        The log becomes an artefact, and its `log_summary` the metrics; metrics in `more` are added or replace
+        those of the summary.
         """
         self.artefact("log", "metrics.jsonl")
         self.finish(**{**log_summary(self.dir), **more})
 
     def _after_cell(self, result):
-        "What IPython calls after each cell: when the cell has raised an exception, the run has failed."
+        "Record a failure if the cell has raised an exception. IPython calls this after each cell."
         if result.error_in_exec is not None and not self.ended.is_set():
             self.fail(result.error_in_exec)
 
 # %% ../../nbs/1_core/13_records.ipynb #records-30
-_open_runs = {}  # the run that this process has open in a folder
+_open_runs = {}  # the run that this process executes in each folder
 
 
 def begin_run(notebook, namespace):
-    """The first call of a run notebook: check its parameters, claim its folder, start its record.
+    """Check a run notebook's parameters and folder, start its record and return its `Run`.
 
-    `notebook` is its name or path, `namespace` its `globals()`; returns the `Run`.
-    Raises: ValueError for an unknown or wrongly typed parameter and for the folder of another run; a record
-    with status `failed` is left of it.
+    A run notebook calls this first. `notebook` is its name or path, and `namespace` its `globals()`.
+    Raises: ValueError for an unknown parameter, a value of the wrong type, and a folder that holds another
+    run or a complete one; the folder then gets a record with status `failed`.
     """
     path = find_notebook(notebook)
     name = path.stem
@@ -341,7 +355,10 @@ def begin_run(notebook, namespace):
 
 
 def _opened(run, namespace):
-    "The run, told by IPython when a cell raises; an earlier one in its folder (a cell run again) is closed."
+    """The same run, which IPython will notify after each cell.
+
+    An earlier run of this process in the same folder is ended: its cell was executed again.
+    """
     folder = run.dir.resolve()
     if folder in _open_runs:
         _open_runs[folder].ended.set()
@@ -349,7 +366,7 @@ def _opened(run, namespace):
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell:
-        # After papermill's cell nobody looks at this notebook.
+        # a notebook with a cell of papermill's is executed without anybody who sees its progress bars
         run.quiet = any(source.startswith("# Parameters") for source in namespace.get("In", []))
         shell.events.register("post_run_cell", run._after_cell)
     return run

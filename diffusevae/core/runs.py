@@ -38,10 +38,10 @@ class RunFailed(RuntimeError):
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-07
 def run(notebook, run_dir, **parameters):
-    """Execute one of `nbs/runs` (by name or path) by papermill in a kernel of its own.
+    """Execute a run notebook in a kernel of its own and return the completed record.
 
-    Returns its completed record. A run that is complete already is not executed again; one that was
-    interrupted goes on where it was.
+    `notebook` is its name or path. A run that is complete already is not executed again. One that was
+    interrupted goes on where it stopped.
     Raises: ValueError, before any kernel starts, for an unknown notebook or parameter, a wrong type or the
     folder of another run; RunFailed when the notebook fails or its kernel dies.
     """
@@ -59,15 +59,16 @@ def run(notebook, run_dir, **parameters):
 
 
 def _is_complete(record):
-    "Has the run of this record, None for no record, ended well?"
+    "Whether there is a record and it says that its run is complete."
     return record is not None and record["status"] == "completed"
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-09
 def _papermill(path, output, values):
-    "Execute a notebook. papermill formats its paths, so a brace in one must be doubled to stay one."
+    "Execute the notebook at `path` with the parameters `values`; the executed copy goes to `output`."
     import papermill
 
     def escaped(path):
+        "The path with doubled braces, because papermill calls `format` on it."
         return str(path).replace("{", "{{").replace("}", "}}")
 
     papermill.execute_notebook(
@@ -85,19 +86,19 @@ def _papermill(path, output, values):
 class _Ending(NamedTuple):
     "How the execution of a notebook ended, seen from outside of its kernel."
 
-    cause: BaseException | None  # what papermill has raised, None where every cell was executed
-    status: str  # what the record says, unless the run is complete
-    error: str  # the sentence beside it
+    cause: BaseException | None  # the exception from papermill, None where every cell was executed
+    status: str  # for the record of a run that is not complete: failed or killed
+    error: str  # for the same record: what went wrong
 
 
 def _execute_cells(path, run_dir, values):
-    "Execute the notebook, with a progress bar on the terminal; how it ended."
+    "Execute the notebook with a progress bar on the terminal; returns its `_Ending`."
     from papermill import PapermillExecutionError
 
     try:
         with _progress_shown(run_dir):
             _papermill(path, run_dir / path.name, values)
-    except PapermillExecutionError as e:  # a cell has raised
+    except PapermillExecutionError as e:  # a cell has raised an exception
         return _Ending(e, "failed", f"{e.ename}: {e.evalue}".removesuffix(": "))
     except KeyboardInterrupt as e:
         return _Ending(e, "killed", "interrupted")
@@ -114,15 +115,18 @@ def _execute(path, run_dir, values):
     record = read_record(run_dir) or new_record(path.stem, values)
     if ending.cause is None and _is_complete(record):
         return record
-    last = {"status": ending.status, "error": ending.error, "end": utc_now(), "progress": None}
-    write_json(run_dir / "record.json", {**record, **last})
+    last_entries = {"status": ending.status, "error": ending.error, "end": utc_now(), "progress": None}
+    write_json(run_dir / "record.json", {**record, **last_entries})
     if isinstance(ending.cause, KeyboardInterrupt):
         raise ending.cause
     raise _failure(path.stem, run_dir, ending) from ending.cause
 
 
 def _make_folder(folder):
-    "Make a run's folder. Raises: OSError in one sentence where that cannot be."
+    """Make a run's folder.
+
+    Raises: OSError, with a message of one sentence, where it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -132,7 +136,7 @@ def _make_folder(folder):
 
 
 def _failure(notebook, run_dir, ending):
-    "The exception that tells how a run ended, in one sentence."
+    "The exception for a run that is not complete, with a message of one sentence."
     if ending.status == "killed":
         again = f"run it again with the same folder {run_dir} and it goes on from its last checkpoint"
         return RunFailed(f"{notebook} was killed; {again}", "killed")
@@ -170,15 +174,15 @@ def _show_progress(run_dir, over):
 
 
 def _in_words(progress):
-    "What a record's progress says: `training 30/60, loss 0.5`."
+    "The progress of a record as a text, for example `training 30/60, loss 0.5`."
     loss = "" if progress["loss"] is None else f", loss {progress['loss']:.4g}"
     return f"{progress['what']} {progress['step']}/{progress['total']}{loss}"
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-20
 def read_recipe(name, **overrides):
-    """A recipe of `nbs/runs/recipes` by name or path: {run: (notebook, parameters)}, in order.
+    """Read a recipe, given by its name or path: a dict {name of the run: (notebook, parameters)}, in order.
 
-    `overrides` replace a parameter in every run that has it.
+    Each of `overrides` replaces the parameter of this name in every run that has one.
     Raises: ValueError for an unknown recipe, notebook or parameter, or a wrong type.
     """
     import yaml
@@ -201,16 +205,19 @@ def read_recipe(name, **overrides):
 
 
 def _typed(parameters, spec):
-    "A recipe's parameters, checked. YAML reads 1e-3 as text, so text is read as the command line's is."
+    """The checked parameters of a recipe's run.
+
+    A text is converted as on the command line, because YAML reads a number such as 1e-3 as a text.
+    """
     values = {}
     for name, value in parameters.items():
         values[name] = parse_parameter(name, value, spec) if isinstance(value, str) else value
     checked = checked_parameters(values, spec)
-    return {name: value for name, value in checked.items() if name in parameters}
+    return {name: value for name, value in checked.items() if name in parameters}  # without the defaults
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-23
 def _filled(value, out):
-    "A recipe's value with the study's folder in the place of `$study`, in lists and dicts too."
+    "A value of a recipe in which `out`, the study's folder, replaces each `$study`, also in lists and dicts."
     if isinstance(value, dict):
         return {k: _filled(v, out) for k, v in value.items()}
     if isinstance(value, list):
@@ -221,7 +228,10 @@ def _filled(value, out):
 
 
 def _claimed(run_dir, notebook, parameters):
-    "The record already in the folder of a recipe's run. Raises: ValueError where it is another run's."
+    """The record that the same run left in its folder, or None.
+
+    Raises: ValueError if the folder holds another run.
+    """
     path = find_notebook(notebook)
     values = checked_parameters({**parameters, "run_dir": str(run_dir)}, parameters_of(path))
     return claim_folder(run_dir, path.stem, values)
@@ -230,8 +240,9 @@ def _claimed(run_dir, notebook, parameters):
 def run_study(name, out, **overrides):
     """Execute the runs of a recipe one after another, each in a folder of `out`.
 
-    Yields (name of the run, its record, the seconds that it took). `$study` in a recipe's text is `out`. What
-    is complete is not run again. The study has a record too, with the names of its `runs`.
+    Yields (name of the run, its record, the seconds that it took). In the values of a recipe, `$study` stands
+    for `out`. A run that is complete already is not executed again. The study has a record too, with the
+    names of its `runs`.
     Raises: ValueError for bad parameters or a folder of other runs, before the first run; RunFailed at the
     first run that fails.
     """
@@ -247,7 +258,7 @@ def run_study(name, out, **overrides):
         record_refusal(out, "study", parameters, e)
         raise
     if all(_is_complete(record) for record in records):
-        writer = None
+        writer = None  # the study's record stays as it is
     else:
         writer = RecordWriter(out, "study", parameters, runs=list(runs))
     yield from _run_in_turn(runs, out, writer)

@@ -16,7 +16,7 @@ from .parameters import at_least
 from .pixels import ImageSet, map_batches, to_uint8
 
 # %% ../../nbs/1_core/02_shapes.ipynb #shapes-factors
-# what an image of `shapes` is drawn from: each factor's least and largest value
+# the seven factors that an image is drawn from, each with its least and its largest value
 shape_factors = {
     "shape": (0, 2),  # 0 square, 1 ellipse, 2 triangle; between two of them, mixtures
     "hue": (0.0, 0.75),  # in turns: 0 red, 1/3 green, 2/3 blue
@@ -29,28 +29,32 @@ shape_factors = {
 
 # %% ../../nbs/1_core/02_shapes.ipynb #shapes-depth-code
 def _polygon_depth(u, v, radius, corners):
-    "How deep points lie within a regular polygon of this circumradius; negative outside."
-    beyond = []  # how far each point lies out along each edge's normal
+    """The depth of the points (u, v) within a regular polygon around 0, negative outside.
+
+    The depth is the distance from the nearest of the lines through the edges. `radius` is the circumradius.
+    """
+    heights = []  # of the points along the normal of each edge
     for j in range(corners):
-        angle = np.pi * (0.5 + 2 * j / corners)
-        beyond.append(u * np.cos(angle) + v * np.sin(angle))
-    inradius = radius * np.cos(np.pi / corners)
-    return inradius - torch.stack(beyond).amax(0)
+        angle = np.pi * (0.5 + 2 * j / corners)  # v points down, so that the first edge lies at the bottom
+        heights.append(u * np.cos(angle) + v * np.sin(angle))
+    inradius = radius * np.cos(np.pi / corners)  # the height of every edge along its own normal
+    return inradius - torch.stack(heights).amax(0)
 
 
 def _ellipse_depth(u, v, radius):
-    """How deep points lie within the ellipse of half axes `radius` and 0.6 · `radius`, to first order.
+    """The depth of the points (u, v) within an ellipse around 0, to first order, negative outside.
 
+    The half axes are `radius` and 0.6 · `radius`. ρ is 1 on the ellipse and grows linearly from its centre.
     Source: Taubin 1994, f / |∇f| of f = 1 - ρ.
     """
-    tiny = 1e-12  # at the centre ρ and the slope are both 0
+    tiny = 1e-12  # at the centre ρ and the slope would both be 0, and the depth 0 / 0
     rho = (u**2 + (v / 0.6) ** 2 + tiny).sqrt() / radius
     slope = (u**2 + (v / 0.6**2) ** 2 + tiny).sqrt() / radius**2  # ρ · |∇f|
     return rho * (1 - rho) / slope
 
 # %% ../../nbs/1_core/02_shapes.ipynb #shapes-render-code
 def _render(factors, size):
-    "`render_shapes` of a few images."
+    "Images of `factors` `(N, 7)`, uint8 `(N, 3, size, size)`, all at once; `render_shapes` makes batches."
     # doubles, so that machines agree on the bytes; each factor is (N, 1, 1), to go with a grid of points
     shape, hue, radius, x, y, angle, grey = factors.cpu().double().T[:, :, None, None]
     centres = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1  # of the pixels, in half sides
@@ -80,7 +84,7 @@ def _render(factors, size):
 
 
 def render_shapes(factors, size=32):
-    """Images of `shapes` from their factors: a pure function, continuous in each of them.
+    """Render images of coloured shapes from their factors: a pure function, continuous in each factor.
 
     `factors` are floats `(N, 7)` in the order and the units of `shape_factors`: 0 square, 1 ellipse,
     2 triangle; hue in turns; size, x and y in half sides; rotation in degrees; background 0 black to 1 white.
@@ -96,8 +100,9 @@ def render_shapes(factors, size=32):
 
 # %% ../../nbs/1_core/02_shapes.ipynb #shapes-draw-code
 def draw_shapes(n, size=32, seed=0):
-    """`n` images of `shapes`, drawn by `seed`; the label is the shape, the attributes `(n, 7)` all factors.
+    """Draw `n` random images of coloured shapes as an `ImageSet`, the same ones for the same `seed`.
 
+    Their labels `(n,)` are the shapes, and their attributes `(n, 7)` are all the factors.
     Raises: ValueError for n below 1.
     """
     at_least(1, n=n)

@@ -91,8 +91,9 @@ def lr_at(step, settings):
 
 # %% ../../nbs/1_core/11_training.ipynb #training-14
 def split(images, fraction, seed=0):
-    """`images` as `(training, validation)` sets, drawn by `seed`; the second is None for `fraction` 0.
+    """Split `images` at random, by `seed`, into two sets: `(training, validation)`.
 
+    `fraction` is the share of images for validation; with 0 the second set is None.
     Raises: ValueError where no image is left to train on.
     """
     held_out = math.ceil(len(images) * fraction)
@@ -109,7 +110,7 @@ def split(images, fraction, seed=0):
 # %% ../../nbs/1_core/11_training.ipynb #training-17
 @functools.lru_cache(maxsize=4)
 def epoch_order(epoch, n, seed, device=None):
-    "The order of `n` images in an epoch, int64 `(n,)` on `device`: it depends on these arguments alone."
+    "A random order of `n` images, int64 `(n,)` on `device`, that `seed` and the number `epoch` determine."
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     return torch.randperm(n, generator=generator).to(device)
 
@@ -139,32 +140,34 @@ def rows_of_step(
 
 # %% ../../nbs/1_core/11_training.ipynb #training-19
 def make_batch(images, rows, flip=False):
-    """The `rows` of an ImageSet, or of another set with `x` and `labels`, as a `Batch` on its device.
+    """A `Batch` of these `rows` of `images`, an ImageSet or another set with `x` and `labels`.
 
-    Its images `(B, C, H, W)` have the channels last; `flip` mirrors each one with probability 1/2.
-    Raises: ValueError for `flip` where the set says `flippable = False`.
+    The batch is on the device of the set, and its images `(B, C, H, W)` are channels-last in memory.
+    `flip` mirrors each image with probability 1/2.
+    Raises: ValueError for `flip` where the set has `flippable = False`.
     """
     if flip and not getattr(images, "flippable", True):
         raise ValueError(
             "flip mirrors pixels, and a mirrored latent is not the latent of the mirrored image; "
             "encode mirrored images too, and set flip to False"
         )
-    part = images[rows]
-    x = part.x
+    chosen = images[rows]
+    x = chosen.x
     if flip:
         mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
         x = torch.where(mirrored, x.flip(3), x)
     return Batch(
-        x.contiguous(memory_format=torch.channels_last),
-        part.labels,
-        getattr(part, "attributes", None),
-        rows.to(x.device),
+        x=x.contiguous(memory_format=torch.channels_last),
+        label=chosen.labels,
+        attributes=getattr(chosen, "attributes", None),
+        index=rows.to(x.device),
     )
 
 # %% ../../nbs/1_core/11_training.ipynb #training-23
 def optimizers_of(system, settings):
-    """What a system's `optimizers(settings)` returns, or a list of one AdamW over all its parameters.
+    """The optimizers of a system as a list: those of its method `optimizers(settings)`.
 
+    A system without this method gets one AdamW over all its parameters.
     Raises: ValueError for a system with several optimizers and no `step`.
     Source: Loshchilov and Hutter 2019, algorithm 2.
     """
@@ -193,12 +196,13 @@ def optimize(
     parameters,  # those whose gradient is measured and clipped
     clip=0.0,  # largest norm of the gradient, 0 for no clipping
 ):
-    """One update, in training mode: `(terms of the loss, norm of the gradient before clipping)`.
+    """Update the system once, in training mode, and return `(terms of the loss, norm of the gradient)`.
 
-    A system with `step` updates itself; its gradient is not clipped, and its norm is given as 0.
+    The norm is that before clipping. A system with a method `step` updates itself: then there is no clipping,
+    and the returned norm is 0.
     Source: Pascanu et al. 2013, algorithm 1, for clipping.
     """
-    if not system.training:  # a validation, or whoever drew a preview, has left it so
+    if not system.training:  # after a validation, or a preview drawn between two steps
         system.train()
     if hasattr(system, "step"):
         return system.step(batch, optimizers), torch.zeros(())
@@ -213,25 +217,29 @@ def optimize(
 # %% ../../nbs/1_core/11_training.ipynb #training-27
 @torch.no_grad()
 def validate(system, images, batch_size, seed=0):
-    """Mean of each term of the loss over `images`, in evaluation mode: `{"validation_loss": float, …}`.
+    """The mean of each term of the loss over `images`, in evaluation mode: `{"validation_loss": float, …}`.
 
-    The random numbers are those of `seed`, the same ones each time.
+    Every validation with the same `seed` uses the same random numbers, so that losses can be compared.
     """
     torch.manual_seed(seed)
     system.eval()
-    parts = []
+    sizes = []
+    terms_of_batches = []
     for rows in torch.arange(len(images)).split(batch_size):
-        terms = system.loss(make_batch(images, rows))
-        parts.append((len(rows), terms))
+        sizes.append(len(rows))
+        terms_of_batches.append(system.loss(make_batch(images, rows)))
     means = {}
-    for name in parts[0][1]:
-        total = sum(n * float(terms[name]) for n, terms in parts)
+    for name in terms_of_batches[0]:  # all batches have the same terms
+        total = sum(n * float(terms[name]) for n, terms in zip(sizes, terms_of_batches))
         means[f"validation_{name}"] = total / len(images)
     return means
 
 # %% ../../nbs/1_core/11_training.ipynb #training-31
 class Trainer:
-    "A training between two steps: system, averaged weights, optimizers, and how far it has come."
+    """The state of a training between two steps: system, averaged weights, optimizers, steps done.
+
+    `advance` takes the next step.
+    """
 
     def __init__(self, system, images, settings, run_dir):
         self.settings = settings
@@ -248,9 +256,10 @@ class Trainer:
         self.step = 0  # steps that are done
         self.seconds = 0.0  # of training, those before an interruption included
         self.best = math.inf  # lowest validation loss so far
-        self.without_gain = 0  # validations since then
+        self.without_gain = 0  # validations since that lowest one
 
     def _accelerate(self):
+        "The system's networks in the precision, and compiled or not, as the settings say."
         settings = self.settings
         mode = settings.compile
         if mode == "auto" and hasattr(self.system, "step"):
@@ -260,17 +269,21 @@ class Trainer:
 
     @property
     def finished(self):
-        "Is the last step done, or has `patience` run out?"
+        "Whether the last step is done or `patience` has run out."
         settings = self.settings
         out_of_patience = settings.patience > 0 and self.without_gain >= settings.patience
         return self.step >= settings.steps or out_of_patience
 
     def due(self, every):
-        "Is what happens every so many steps due now? At the end, everything is."
+        "Whether an event that comes every `every` steps is due after this step; after the last step all are."
         return self.step % every == 0 or self.finished
 
     def may_look(self):
-        "May the loss be read now? Off the CPU a look stalls the device: only where something is due anyway."
+        """Whether the loss may be read after this step: on the CPU always.
+
+        On other devices reading stalls the device, so it waits for a step that logs, validates or saves a
+        snapshot.
+        """
         if self.parameters[0].is_cpu:
             return True
         settings = self.settings
@@ -280,7 +293,10 @@ class Trainer:
         return any(self.due(every) for every in intervals)
 
     def update(self):
-        "One optimizer step, and its averages: `(terms, learning rate, norm of the gradient)`, all detached."
+        """Update the system and the averages once; returns `(terms, learning rate, norm of the gradient)`.
+
+        The terms of the loss are detached tensors.
+        """
         settings = self.settings
         self._seed_step()
         rows = rows_of_step(self.step, len(self.training), settings.batch_size, settings.seed, self.device)
@@ -297,6 +313,7 @@ class Trainer:
         return detached, lr, norm
 
     def _seed_step(self):
+        "Seed torch by the training's seed and the step, so that a resumed training draws the same numbers."
         seed = 1_000_003 * self.settings.seed + self.step
         if self.parameters[0].is_cpu:
             # torch.manual_seed asks for every device that might be there, which takes half a millisecond
@@ -305,9 +322,9 @@ class Trainer:
             torch.manual_seed(seed)
 
     def advance(self):
-        """One step, with validation and checkpoint where they are due: its `Progress`.
+        """Take one step, with validation, checkpoint and snapshot where they are due; returns its `Progress`.
 
-        Raises: FloatingPointError for a loss or a gradient that is no finite number.
+        Raises: FloatingPointError for a loss or a gradient that is not finite.
         """
         settings = self.settings
         started = time.perf_counter()
@@ -326,9 +343,10 @@ class Trainer:
         return Progress(self.step, settings.steps, terms, lr, norm, self.seconds, means)
 
     def validate_and_keep_best(self):
-        """Validate the averaged weights and return the means; the best so far become `best.safetensors`.
+        """Validate the averaged weights and return the mean of each term of the loss.
 
-        Others count towards `patience`.
+        Weights with the lowest loss so far are saved as `best.safetensors`; all others count towards
+        `patience`.
         """
         settings = self.settings
         with self.ema.applied(), self.accelerated.applied():
@@ -344,7 +362,11 @@ class Trainer:
         return means
 
     def fingerprint(self):
-        "What a training shares with the one that it resumes, as plain JSON: settings, architecture, images."
+        """The settings, the architecture and the number of images, as plain JSON.
+
+        A training can only resume one with the same fingerprint. Settings that may differ between the two,
+        such as the device, are left out.
+        """
         shared = asdict(self.settings)
         for may_change in ("device", "compile", "patience", "checkpoint_every", "log_every"):
             del shared[may_change]
@@ -359,7 +381,7 @@ class Trainer:
         Without a validation set, the averaged weights become `best.safetensors` too.
         Raises: FloatingPointError for weights that are not finite, and then nothing is written.
         """
-        norm = sum(torch._foreach_norm(self.parameters))
+        norm = sum(torch._foreach_norm(self.parameters))  # one number that is finite only if all weights are
         check_finite({"norm of the weights": norm}, self.step, self.last)
         info = {
             "identity": self.fingerprint(),
@@ -393,11 +415,11 @@ class Trainer:
 
 # %% ../../nbs/1_core/11_training.ipynb #training-34
 def train(system, images, settings, run_dir):
-    """Train `system` on an ImageSet, or another set that `make_batch` takes; yields a `Progress` a step.
+    """Train `system` on an ImageSet, or another set that `make_batch` takes; yields a `Progress` per step.
 
-    Leaves `best.safetensors` (averaged weights), `last.safetensors` (all that resuming needs),
-    `metrics.jsonl` and `tensorboard/` in the folder `run_dir`; started again there, it goes on.
-    Every step reseeds torch.
+    It writes `best.safetensors` (averaged weights), `last.safetensors` (all that resuming needs),
+    `metrics.jsonl` and `tensorboard/` to the folder `run_dir`. A training that is started again with the same
+    folder goes on where it stopped. Every step reseeds torch.
     Raises: ValueError for the folder of another training, FloatingPointError for a loss that is no number.
     """
     trainer = Trainer(system, images, settings, run_dir)
@@ -410,7 +432,7 @@ def train(system, images, settings, run_dir):
             if progress.validation or trainer.due(settings.log_every):
                 log(progress.row())
             yield progress
-    except GeneratorExit:  # whoever drew the steps stopped between two of them: nothing is lost
+    except GeneratorExit:  # the caller has left its loop over the steps: save those since the last checkpoint
         trainer.save_last()
         raise
     finally:
@@ -419,9 +441,10 @@ def train(system, images, settings, run_dir):
 
 # %% ../../nbs/1_core/11_training.ipynb #training-briefly
 def train_briefly(system, images, **settings):
-    """The system after `train` with these `Settings`, where no folder is to stay, in evaluation mode.
+    """Train `system` by `train` in a temporary folder, and return it in evaluation mode.
 
-    It has its best weights, which are averaged ones if there is an `ema`.
+    `settings` are the fields of `Settings`. The system gets the weights of `best.safetensors`, which are
+    averaged ones unless `ema` is 0.
     """
     with tempfile.TemporaryDirectory() as run_dir:
         for _ in train(system, images, Settings(**settings), run_dir):

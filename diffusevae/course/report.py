@@ -128,7 +128,8 @@ def loss_curves(records):
     logs = {run: read_log(record["folder"]) for run, record in records.items() if artefact(record, "log")}
     if not logs:
         return None
-    fig, axs = plots.axes(columns=min(2, len(logs)), rows=math.ceil(len(logs) / 2), width=3.6)
+    columns = min(2, len(logs))
+    fig, axs = plots.axes(columns=columns, rows=math.ceil(len(logs) / 2), width=3.6)
     for ax, (run, log) in zip(axs, logs.items()):
         _draw_losses(ax, log)
         positive = all(row["loss"] > 0 for row in log)

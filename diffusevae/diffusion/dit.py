@@ -110,7 +110,7 @@ def _initialise(net):
     "Set the published initial weights: Xavier, a deviation of 0.02 for time and class, 0 where blocks end."
     linear_maps = [m for m in net.modules() if isinstance(m, nn.Linear)]
     for module in [*linear_maps, net.stem]:
-        nn.init.xavier_uniform_(module.weight.flatten(1))  # the stem's weights too as one matrix
+        nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten turns the stem's into a matrix
         nn.init.zeros_(module.bias)
 
     embedding = net.embedding

@@ -29,7 +29,7 @@ _scheduler_at = "scheduler/scheduler_config.json"
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-07
 def _stages(net):
-    """The stages of a U-Net and the convolutions between its levels, in pairs with diffusers' names.
+    """Pairs of a module and its name in diffusers: all stages of a U-Net, all convolutions between levels.
 
     In the name of a stage, `%s` stands for "resnets" or "attentions".
     """
@@ -43,7 +43,7 @@ def _stages(net):
             named.append((stage, f"up_blocks.{last - i}.%s.{j}"))
         if i < last:
             to_coarse, level, to_fine = level.lower
-            # a padding may stand before the convolution, and an enlargement stands before the other
+            # `to_coarse` is a convolution, or padding and convolution; `to_fine` enlargement and convolution
             down_conv = to_coarse if isinstance(to_coarse, nn.Conv2d) else to_coarse[1]
             named.append((down_conv, f"down_blocks.{i}.downsamplers.0.conv"))
             named.append((to_fine[1], f"up_blocks.{last - i - 1}.upsamplers.0.conv"))
@@ -53,7 +53,10 @@ def _stages(net):
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-08
 def _parts_of_stage(stage, name):
-    "The modules of a stage that have parameters, in pairs with diffusers' names; `to_qkv` stands for three."
+    """Pairs of a module and its name in diffusers: all modules of a stage that have parameters.
+
+    The name `to_qkv` stands for three names: to_q, to_k and to_v.
+    """
     resnet = name % "resnets"
     residual = stage.residual
     named = [
@@ -66,15 +69,15 @@ def _parts_of_stage(stage, name):
     ]
     attention = stage.attention
     if isinstance(attention, SelfAttention):
-        name = name % "attentions"
-        named.append((attention.norm, f"{name}.group_norm"))
-        named.append((attention.qkv, f"{name}.to_qkv"))
-        named.append((attention.out, f"{name}.to_out.0"))
+        prefix = name % "attentions"
+        named.append((attention.norm, f"{prefix}.group_norm"))
+        named.append((attention.qkv, f"{prefix}.to_qkv"))
+        named.append((attention.out, f"{prefix}.to_out.0"))
     return named
 
 
 def _modules(net):
-    "Every module of a U-Net that has parameters, in pairs with diffusers' names."
+    "Pairs of a module and its name in diffusers: all modules of a U-Net that have parameters."
     embedding = net.embedding
     last_norm, _, last_conv = net.head
     named = [
@@ -107,19 +110,19 @@ def diffusers_tensors(net):
                 p = p.flatten(1)  # attention's maps are 1 × 1 convolutions here and matrices there
             if name.endswith("to_qkv"):
                 q, k, v = p.chunk(3)  # three maps there, one here
-                stem = name.removesuffix("qkv")
-                views[f"{stem}q.{kind}"] = q
-                views[f"{stem}k.{kind}"] = k
-                views[f"{stem}v.{kind}"] = v
+                prefix = name.removesuffix("qkv")
+                views[f"{prefix}q.{kind}"] = q
+                views[f"{prefix}k.{kind}"] = k
+                views[f"{prefix}v.{kind}"] = v
             else:
                 views[f"{name}.{kind}"] = p
     return views
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-13
 def _head_channels(net):
-    """Channels of a head, one number for the whole network as in diffusers, or None for one head everywhere.
+    """How many channels each head of the network has, or None where every attention has one head.
 
-    Raises: ValueError for heads of several sizes.
+    Raises: ValueError for heads of several sizes, since diffusers has one number for the whole network.
     """
     attentions = [m for m in net.modules() if isinstance(m, SelfAttention)]
     if all(attention.heads == 1 for attention in attentions):
@@ -133,16 +136,17 @@ def _head_channels(net):
     return sizes[0]
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-14
+# the only values of these arguments of a `UNet` that diffusers can express
 _expressible = {"patch": [1], "z_dim": [0], "time_scale": [1.0], "resample": ["conv", "same"]}
 
 
 def _either(values):
-    "Values as a sentence has them: 'conv' or 'same'."
+    "The values as text with `or` between them, such as 'conv' or 'same'."
     return " or ".join(map(repr, values))
 
 
 def _check_expressible(net):
-    "ValueError that says what of a network diffusers' UNet2DModel has no place for."
+    "Raise ValueError, which says why, unless diffusers' UNet2DModel can compute what this network does."
     if not isinstance(net, UNet):
         raise ValueError(f"only a UNet can be written for diffusers, not {type(net).__name__}")
     arguments = net.config["arguments"]
@@ -160,10 +164,11 @@ def _check_expressible(net):
         )
     groups = arguments["groups"]
     norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
-    odd = sorted({norm.num_channels for norm in norms if norm.num_groups != groups})
-    if odd:
+    # `group_norm` takes fewer groups where the channels ask for it, diffusers does not
+    undivided = sorted({norm.num_channels for norm in norms if norm.num_groups != groups})
+    if undivided:
         raise ValueError(
-            f"diffusers' norms need channels that {groups} groups divide, this U-Net has {odd}; "
+            f"diffusers' norms need channels that {groups} groups divide, this U-Net has {undivided}; "
             "build it with fewer groups"
         )
 
@@ -180,12 +185,12 @@ _same_settings = {  # diffusers' name of a setting: ours
 def to_diffusers(net):
     """A U-Net as diffusers' UNet2DModel: `(config, {name: tensor})`, the tensors copies.
 
-    Raises: ValueError for what it cannot express.
+    Raises: ValueError for a U-Net that diffusers cannot express.
     """
     _check_expressible(net)
     arguments = net.config["arguments"]
-    levels = range(len(arguments["multipliers"]))
-    prefixes = ["Attn" if net.size // 2**i in arguments["attention"] else "" for i in levels]
+    sizes = [net.size // 2**i for i in range(len(arguments["multipliers"]))]
+    prefixes = ["Attn" if size in arguments["attention"] else "" for size in sizes]
     config = {  # the two private keys serve `from_diffusers`, and diffusers ignores them
         "_class_name": "UNet2DModel",
         "_channels": net.channels,
@@ -244,7 +249,10 @@ _few_values = {  # and those of which few values can be read, the default first
 
 
 def _settings(config):
-    "A UNet2DModel's settings, complete. ValueError for what a `UNet` cannot do or does not know."
+    """All settings of a UNet2DModel: those of its config, and defaults for the others.
+
+    Raises: ValueError for settings that a `UNet` cannot have, and for unknown ones.
+    """
     settings = {name: values[0] for name, values in _few_values.items()}
     settings.update(_any_value)
     for name, value in config.items():
@@ -255,7 +263,7 @@ def _settings(config):
     readable = dict(_few_values)
     readable["attn_norm_num_groups"] = [settings["norm_num_groups"]]
     if settings["resnet_time_scale_shift"] == "default":
-        # only if embeddings are added has the attention at the bottom a norm without a number of its own
+        # None means norm_num_groups here; with scale_shift, the attention at the bottom would have no norm
         readable["attn_norm_num_groups"].append(None)
     for name, values in readable.items():
         if settings[name] not in values:
@@ -269,7 +277,10 @@ def _settings(config):
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-19
 def _attention(settings, size):
-    "Resolutions with attention. ValueError for blocks of other kinds, or for attention on one way alone."
+    """The resolutions that have attention, a list of pixels on a side.
+
+    Raises: ValueError for blocks of other kinds, and where the way down and the way up differ.
+    """
     down = list(settings["down_block_types"])
     up = list(settings["up_block_types"])
     known = set(down) <= {"DownBlock2D", "AttnDownBlock2D"}
@@ -283,14 +294,19 @@ def _attention(settings, size):
 
 
 def _multiplier(width, first):
-    "width / first, an int where it is one."
-    return width / first if width % first else width // first
+    "The quotient width / first, as an int where it is a whole number."
+    if width % first == 0:
+        return width // first
+    return width / first
 
 
 def _arguments(settings, size, channels, null_class):
     "The arguments of the `UNet` that a UNet2DModel's settings describe."
     widths = settings["block_out_channels"]
-    rows = settings["num_class_embeds"]
+    classes = 0
+    if settings["num_class_embeds"]:
+        # the number of rows of a table; the row for "no class", if there is one, is not counted as a class
+        classes = settings["num_class_embeds"] - bool(null_class)
     if channels is None:
         # a learned variance adds channels that go out, an image condition adds some that come in
         channels = min(settings["in_channels"], settings["out_channels"])
@@ -299,7 +315,7 @@ def _arguments(settings, size, channels, null_class):
         channels=channels,
         image_channels=settings["in_channels"] - channels,
         outputs=settings["out_channels"],
-        classes=rows - bool(null_class) if rows else 0,
+        classes=classes,
         width=widths[0],
         multipliers=[_multiplier(width, widths[0]) for width in widths],
         attention=_attention(settings, size),
@@ -325,15 +341,17 @@ def _as_ours(settings, tensors, null_class):
     "The tensors as our U-Net expects them: today's names, sine before cosine, and a last row for no class."
     tensors = {_todays_name(name): tensor for name, tensor in tensors.items()}
 
-    time = "time_embedding.linear_1.weight"
-    if settings["flip_sin_to_cos"] and time in tensors:
-        half = tensors[time].shape[1] // 2
-        tensors[time] = tensors[time].roll(half, dims=1)  # W Π: the halves of the columns change places
+    time_name = "time_embedding.linear_1.weight"
+    if settings["flip_sin_to_cos"] and time_name in tensors:
+        weight = tensors[time_name]
+        half = weight.shape[1] // 2
+        tensors[time_name] = weight.roll(half, dims=1)  # W Π: the halves of the columns change places
 
-    label = "class_embedding.weight"
-    if label in tensors and not null_class:
-        no_class = torch.zeros_like(tensors[label][:1])
-        tensors[label] = torch.cat([tensors[label], no_class])
+    class_name = "class_embedding.weight"
+    if class_name in tensors and not null_class:
+        table = tensors[class_name]
+        no_class = torch.zeros_like(table[:1])
+        tensors[class_name] = torch.cat([table, no_class])
     return tensors
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-22
@@ -342,11 +360,11 @@ def from_diffusers(
     tensors,  # its tensors by name
     size=None,  # pixels of a side; needed where the config has no single `sample_size`
     channels=None,  # of the images; needed for an image condition together with a learned variance
-    null_class=None,  # is the last class "no class"? None: as `to_diffusers` has noted, otherwise no
+    null_class=None,  # is the last class "no class"? None: see the config, otherwise no
 ):
     """The `UNet`, in evaluation mode, that computes what diffusers' UNet2DModel does.
 
-    Raises: ValueError for what cannot be read or does not fit.
+    Raises: ValueError for settings that a `UNet` cannot have, and for tensors that do not fit the settings.
     """
     settings = _settings(config)
     size = size or settings["sample_size"]
@@ -366,7 +384,7 @@ def from_diffusers(
         more = " …" if len(wrong) > 3 else ""
         raise ValueError(f"the UNet2DModel is of another architecture: {'; '.join(wrong[:3])}{more}")
     for name, view in views.items():
-        view.copy_(tensors[name])
+        view.copy_(tensors[name])  # writes into `net`
     return net.eval()
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-28
@@ -376,12 +394,13 @@ def _cosine(T, start, end):
 
 
 def _sigmoid_betas(T, start, end):
-    "Betas along a sigmoid from `start` to `end`."
+    "Betas along a sigmoid from `start` to `end`, by the formula of diffusers."
     rising = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
     return start + (end - start) * rising
 
 
-_scheduler_words = {  # a setting of a scheduler: what diffusers calls its values, and what they are here
+# for each of these settings of a scheduler, a dict from diffusers' values to ours
+_scheduler_values = {
     "prediction_type": {"epsilon": "eps", "sample": "x0", "v_prediction": "v"},
     "variance_type": {
         "fixed_small": "fixed_small",
@@ -404,16 +423,16 @@ def _formula_of(betas):
     "The name of the formula that gives these betas, or None."
     T = len(betas)
     start, end = float(betas[0]), float(betas[-1])
-    for name, formula in _scheduler_words["beta_schedule"].items():
+    for name, formula in _scheduler_values["beta_schedule"].items():
         if torch.allclose(formula(T, start, end), betas, rtol=1e-12, atol=0):
             return name
     return None
 
 
 def to_scheduler(process):
-    """The `scheduler_config.json` of diffusers' DDPMScheduler for a process.
+    """The `scheduler_config.json` of diffusers' DDPMScheduler for a process, as a dict.
 
-    Raises: ValueError where the network sees noise levels in place of t.
+    Raises: ValueError for a process that tells the network noise levels in place of t.
     """
     if process.continuous:
         raise ValueError(
@@ -422,7 +441,7 @@ def to_scheduler(process):
         )
     betas = process.schedule.betas.cpu()
     formula = _formula_of(betas)
-    their_prediction = {ours: theirs for theirs, ours in _scheduler_words["prediction_type"].items()}
+    their_prediction = {ours: theirs for theirs, ours in _scheduler_values["prediction_type"].items()}
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": process.T,
@@ -450,9 +469,9 @@ _scheduler_defaults = {
 
 
 def from_scheduler(config):
-    """The `Diffusion` of a scheduler's config, DDPM's or any other that has betas.
+    """The `Diffusion` that the config of a diffusers scheduler describes, a DDPMScheduler or another.
 
-    Raises: ValueError for one without betas, and for values that are unknown here.
+    Raises: ValueError for a config without betas, and for values that are unknown here.
     """
     if config.get("trained_betas") is None and "beta_schedule" not in config:
         raise ValueError(
@@ -460,11 +479,12 @@ def from_scheduler(config):
         )
     settings = {**_scheduler_defaults, **config}
     ours = {}
-    for name, words in _scheduler_words.items():
-        if settings[name] not in words:
-            readable = ", ".join(repr(word) for word in words if word is not None)
-            raise ValueError(f"a scheduler with {name}={settings[name]!r} cannot be read; only {readable}")
-        ours[name] = words[settings[name]]
+    for name, ours_by_theirs in _scheduler_values.items():
+        theirs = settings[name]
+        if theirs not in ours_by_theirs:
+            readable = ", ".join(repr(value) for value in ours_by_theirs if value is not None)
+            raise ValueError(f"a scheduler with {name}={theirs!r} cannot be read; only {readable}")
+        ours[name] = ours_by_theirs[theirs]
 
     if settings["trained_betas"] is None:
         formula = ours["beta_schedule"]
@@ -484,10 +504,10 @@ _model_index = {
 
 
 def export_diffusers(folder, system):
-    """Write a system's `denoiser` and `process` as diffusers' DDPMPipeline saves itself.
+    """Write a system's `denoiser` and `process` into the files that diffusers' DDPMPipeline loads.
 
-    Raises: ValueError, before anything is written, for what it cannot express; OSError where it cannot be
-    written.
+    Raises: ValueError, before anything is written, for what diffusers cannot express; OSError where the files
+    cannot be written.
     """
     folder = Path(folder)
     config, tensors = to_diffusers(system.denoiser)
@@ -499,7 +519,10 @@ def export_diffusers(folder, system):
 
 # %% ../../nbs/4_diffusion/07_exchange.ipynb #exchange-33
 def _read(path, reader):
-    "What `reader` makes of a file, with errors that say what is expected there."
+    """The result of `reader(path)` for a file of a saved pipeline.
+
+    Raises: FileNotFoundError that lists the files of a pipeline, ValueError for a damaged file.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; what diffusers saves with safe_serialization=True "
@@ -519,7 +542,7 @@ def import_diffusers(
     folder,  # what diffusers' DDPMPipeline or DDIMPipeline has saved
     size=None,  # pixels of a side; needed where the config has no single `sample_size`
     channels=None,  # of the images; needed for an image condition together with a learned variance
-    null_class=None,  # is the last class "no class"? None: as `export_diffusers` has noted, otherwise no
+    null_class=None,  # is the last class "no class"? None: see the config, otherwise no
 ):
     """The network and the process of a saved pipeline: `(UNet, Diffusion)`, on the CPU.
 

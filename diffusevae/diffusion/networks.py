@@ -95,7 +95,7 @@ def preset(name, **arguments):
 # %% ../../nbs/4_diffusion/06_networks.ipynb #networks-dit-34
 def make_denoiser(
     network,  # unet, dit, or a name in `published_networks`
-    process,  # a `Diffusion`; it knows how many outputs are needed, and whether the time is t or a noise level
+    process,  # a `Diffusion`; it knows how many outputs are needed, and whether time is t or a noise level
     size,  # pixels of a side of the square images
     channels,  # of the images
     classes=0,  # number of classes in the condition, 0 for none

@@ -86,7 +86,7 @@ class Diffusion(nn.Module):
         self,
         schedule,  # a `Schedule`: the noise level at each t
         predict="eps",  # what the network answers: the noise eps, the clean image x0, or the velocity v
-        variance="fixed_small",  # of a step back: the posterior's; fixed_large: 1 - α; learned_range: between
+        variance="fixed_small",  # fixed_small (the posterior's), fixed_large (1 - α), learned_range (between)
         continuous=False,  # True: the network is told √abar_t in place of t, and serves any schedule
     ):
         super().__init__()
@@ -158,7 +158,7 @@ class Diffusion(nn.Module):
     # what a network's output means
 
     def outputs(self, channels):
-        "How many channels a network must return for images of `channels`: twice as many to learn the variance."
+        "Channels that a network must return for images of `channels`, twice as many to learn the variance."
         return 2 * channels if self.variance == "learned_range" else channels
 
     def target(self, x0, noise, t):
@@ -261,7 +261,7 @@ class Diffusion(nn.Module):
 
 
 class _ProcessAtLevels(Diffusion):
-    "A process whose noise levels have no order, made for one batch. It is never saved, so it needs no config."
+    "A process whose noise levels have no order, made for one batch. It is never saved and needs no config."
 
     def __init__(self, process, abar):
         super().__init__(NoiseLevels(abar), process.predict, process.variance, process.continuous)
@@ -279,8 +279,8 @@ def ideal_denoiser(process, centres, s):
     """The best possible denoiser for data that are a mixture of Gaussians, by E[x0 | x_t] in closed form.
 
     The Gaussians have equal weights, `centres` `(K, C, H, W)` and the standard deviation `s` in every
-    direction; with s = 0 the centres are a finite data set. The model returns what `process` predicts. It tests
-    samplers and bounds: whatever is wrong with them is then no error of a network.
+    direction; with s = 0 the centres are a finite data set. The model returns what `process` predicts. It
+    tests samplers and bounds: whatever is wrong with them is then no error of a network.
 
     Source: Karras et al. 2022, appendix B.3, for s = 0.
     """

@@ -76,7 +76,7 @@ def cosine(T=1000, s=0.008):
 def sigmoid(T=1000, start=-3.0, end=3.0, tau=1.0):
     """Betas of a curve abar(u) that falls from 1 to 0 as a sigmoid does: float64 `(T,)`.
 
-    The curve is the logistic function between `start / tau` and `end / tau`, turned upside down and stretched.
+    The curve is the logistic function between `start / tau` and `end / tau`, mirrored and stretched.
 
     Source: Jabri et al. 2022; the formula is that of Chen 2023, algorithm 1.
     """
@@ -138,7 +138,7 @@ class NoiseLevels(nn.Module):
         return self
 
     def log_snr(self):
-        """Logarithm of the signal-to-noise ratio, log(abar / (1 - abar)): float64 `(N,)`, -inf where abar is 0.
+        """Logarithm of the signal-to-noise ratio, log(abar / (1 - abar)): float64 `(N,)`, -inf for abar = 0.
 
         Source: Kingma et al. 2021, equation 2.
         """
@@ -206,9 +206,9 @@ def continuous_levels(schedule, t):
 
 # %% ../../nbs/4_diffusion/01_schedules.ipynb #schedules-44
 def at_time(table, t, x):
-    """The entries of a schedule's `table` `(T,)` at the times t, shaped to multiply `x` and in the type of `x`.
+    """The entries of a schedule's `table` `(T,)` at the times t, int64 `(B,)` in 0 … T-1.
 
-    The times are int64 `(B,)` in 0 … T-1.
+    They are shaped to multiply `x` and have its type.
 
     Raises: RuntimeError for a t outside the table (on CUDA as a device-side assertion).
     """
@@ -227,6 +227,6 @@ def even_log_snr(log_snr, steps, least=-10.2):
     levels = log_snr.clamp(min=least).cpu().numpy()
     times = np.arange(len(levels))
     wanted = np.linspace(levels[0], levels[-1], steps)
-    even = np.interp(wanted, levels[::-1], times[::-1])  # reversed, since np.interp asks for rising levels
-    even[-1] = times[-1]  # where several levels were raised to `least`, the last of them is meant
-    return even
+    even_times = np.interp(wanted, levels[::-1], times[::-1])  # np.interp asks for rising levels
+    even_times[-1] = times[-1]  # where several levels were raised to `least`, the last of them is meant
+    return even_times

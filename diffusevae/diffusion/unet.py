@@ -80,7 +80,7 @@ class UNetStage(nn.Module):
         heads=0,  # number of heads of the attention, 0 for no attention
         groups=8,  # of the group norms, at most
         scale_shift=True,  # the embedding scales and shifts after the norm; False: it is added before
-        head_channels=0,  # channels of a head: where there is attention, heads = c_out / head_channels; 0: `heads`
+        head_channels=0,  # not 0: attention gets c_out / head_channels heads in place of `heads`
     ):
         super().__init__()
         if heads and head_channels:
@@ -116,7 +116,7 @@ class UNetMiddle(nn.Module):
 class UNetLevel(nn.Module):
     """One resolution of the U and, inside it, all lower ones: `(B, c_in, H, W) -> (B, widths[0], H, W)`.
 
-    Each block of the way up also gets one tensor of the way down: the output of a block, or the level's input.
+    Each block of the way up also gets a tensor of the way down: the output of a block, or the level's input.
 
     Source: Ronneberger et al. 2015; Ho et al. 2020, appendix B.
     """
@@ -230,7 +230,7 @@ def _check_part(network_name, name, part, shape):
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-23
 class Denoiser(nn.Module):
-    """The base class of every denoiser `model(x_t, t, cond=None)`: it stores and checks what the network takes.
+    """The base class of every denoiser `model(x_t, t, cond=None)`: it knows and checks what a network takes.
 
     For each part of a `Cond`, `takes` holds the part's shape without the batch axis, or None if the network
     does not take that part.
@@ -318,7 +318,7 @@ class UNet(Denoiser):
         groups=8,  # of the group norms, at most
         resample="conv",  # between levels: conv, same (pads right and below only) or pool (means)
         time_scale=1.0,  # multiplies t: about 1000 where the network is told √abar in [0, 1]
-        head_channels=0,  # channels of a head: heads = channels / head_channels; 0: the number is `heads`
+        head_channels=0,  # not 0: attention gets channels / head_channels heads in place of `heads`
         freq_shift=0,  # 1 makes the slowest frequency of the time 1/10000 exactly
         norm_eps=1e-5,  # ε that the group norms add to the variance
     ):

@@ -30,7 +30,8 @@ _numeric_columns = [list(shape_factors).index(name) for name in numeric_factors]
 def _scale(names, like):
     "Mean and standard deviation of factors or faults, uniform in their ranges; a tensor like `like`."
     ranges = {**shape_factors, **fault_names}
-    low, high = torch.tensor([ranges[name] for name in names], dtype=like.dtype, device=like.device).T
+    bounds = [ranges[name] for name in names]
+    low, high = torch.tensor(bounds, dtype=like.dtype, device=like.device).T
     mean = (low + high) / 2
     deviation = (high - low) / 12**0.5
     return mean, deviation

@@ -34,44 +34,45 @@ def augment_digits(
     scale=0.1,  # relative: uniform up to this, either way
     noise=0.1,  # standard deviation
 ):
-    "Images, each rotated, scaled and shifted at random, with Gaussian noise; the new border is -1 (black)."
-    u, v, s, a = torch.rand(4, len(x), device=x.device) * 2 - 1
-    zoom = 1 + scale * s
-    radians = a * angle * torch.pi / 180
+    "The images, each rotated, scaled and shifted at random, with a border of -1 (black) and Gaussian noise."
+    # four random numbers in [-1, 1] for each image
+    random_x, random_y, random_scale, random_angle = torch.rand(4, len(x), device=x.device) * 2 - 1
+    zoom = 1 + scale * random_scale
+    radians = random_angle * angle * torch.pi / 180
     cos = zoom * torch.cos(radians)
     sin = zoom * torch.sin(radians)
 
-    # affine_grid measures in half sides
+    # affine_grid's coordinates run from -1 to 1 across an image, so n pixels are 2 n / width
     height, width = x.shape[2:]
-    across = 2 * shift * u / width
-    down = 2 * shift * v / height
+    across = 2 * shift * random_x / width
+    down = 2 * shift * random_y / height
     first_row = torch.stack([cos, -sin, across], dim=1)
     second_row = torch.stack([sin, cos, down], dim=1)
     maps = torch.stack([first_row, second_row], dim=1)
 
     grid = F.affine_grid(maps, list(x.shape), align_corners=False)
-    # grid_sample fills with 0, so black must be 0 there
+    # grid_sample fills the border with 0; black is -1, so the images are raised by 1 for it
     moved = F.grid_sample(x + 1, grid, align_corners=False) - 1
     return moved + noise * torch.randn_like(moved)
 
 # %% ../../nbs/2_evaluation/01_features.ipynb #features-10
 @configured
 class DigitClassifier(nn.Module):
-    """Images of digits, float `(B, 1, 16, 16)` in [-1, 1], to `(features (B, 64), logits (B, 10))`.
+    """A classifier of digits, float `(B, 1, 16, 16)` in [-1, 1], to `(features (B, 64), logits (B, 10))`.
 
-    Once trained, the features' mean square is 1. A system for `core.training.train`: `loss` is the
-    cross-entropy on augmented images.
+    The features are divided by the buffer `rms`, by which `train_classifier` makes their mean square 1.
+    `core.training.train` can train this system: `loss` is the cross-entropy on augmented images.
 
     Raises: ValueError for images of another shape.
     """
 
-    takes_floats = True  # in [-1, 1]; `load_features` puts what converts uint8 in front of it
+    takes_floats = True  # in [-1, 1]; for uint8 images, `load_features` wraps the network in `FromUint8`
 
     def __init__(self, width=12, features=64, classes=10):
         super().__init__()
         w = width
         self.body = nn.Sequential(
-            nn.Conv2d(1, w, 3, padding=1),
+            nn.Conv2d(1, w, kernel_size=3, padding=1),
             group_norm(w),
             nn.SiLU(),
             downsample(w, 2 * w),
@@ -81,11 +82,11 @@ class DigitClassifier(nn.Module):
             group_norm(4 * w),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(4 * w * 4 * 4, features),
+            nn.Linear(4 * w * 4 * 4, features),  # 4 w channels of 4 × 4 pixels
             nn.SiLU(),
         )
         self.head = nn.Linear(features, classes)
-        self.register_buffer("rms", torch.ones(()))  # of what the body gives for the training images
+        self.register_buffer("rms", torch.ones(()))  # root mean square of the body's output
 
     def forward(self, x):
         if x.shape[1:] != (1, 16, 16):
@@ -104,12 +105,12 @@ class DigitClassifier(nn.Module):
 # %% ../../nbs/2_evaluation/01_features.ipynb #features-14
 def train_classifier(
     images,  # an ImageSet of digits with labels; nothing of it is held out
-    seed=0,
-    steps=600,
-    device="auto",
-    make=DigitClassifier,  # or what returns another system with a `body`, and a buffer `rms` for its size
+    seed=0,  # of the network's first weights and of the training
+    steps=600,  # optimizer steps
+    device="auto",  # to train on
+    make=DigitClassifier,  # returns the system to train; it must have a network `body` and a buffer `rms`
 ):
-    "A `DigitClassifier` with averaged weights, its features' mean square 1 on `images`."
+    "A trained `DigitClassifier` with averaged weights, whose features have the mean square 1 on `images`."
     torch.manual_seed(seed)
     network = make()
     network = train_briefly(
@@ -125,8 +126,8 @@ def train_classifier(
         checkpoint_every=steps,
     )
 
-    def squares(part):
-        return network.body(to_float(part)).square()
+    def squares(batch):
+        return network.body(to_float(batch)).square()
 
     with torch.no_grad():
         mean_square = map_batches(squares, images.images, batch_size=1024, device=network.rms.device).mean()
@@ -135,7 +136,7 @@ def train_classifier(
 
 # %% ../../nbs/2_evaluation/01_features.ipynb #features-16
 class FromUint8(nn.Module):
-    "A network that takes floats in [-1, 1], as one that takes uint8 images `(B, C, H, W)` as metrics do."
+    "A wrapper that takes uint8 images `(B, C, H, W)` and gives `network` floats in [-1, 1]."
 
     def __init__(self, network):
         super().__init__()
@@ -167,10 +168,10 @@ _features_by_name = {
 def load_features(features="digits", device="auto"):
     """A network in evaluation mode: uint8 images `(B, C, H, W)` to `(features (B, d), logits (B, k))`.
 
-    `features` is `digits`, `shapes`, `inception`, or any such module, which is moved to the device; one that
-    says `takes_floats = True` is given floats in [-1, 1] instead, by `FromUint8`.
+    `features` is the name `digits`, `shapes` or `inception`, or a module. A module is moved to the device; if
+    its attribute `takes_floats` is True, it is wrapped in `FromUint8`.
 
-    Raises: ValueError for an unknown name, RuntimeError when Inception's weights cannot be had.
+    Raises: ValueError for an unknown name, RuntimeError when Inception's weights cannot be fetched.
     """
     if not isinstance(features, nn.Module):
         what = "features, where they are no module that returns (features, logits),"
@@ -184,7 +185,7 @@ def load_features(features="digits", device="auto"):
 
 # %% ../../nbs/2_evaluation/01_features.ipynb #features-19
 def _is_features_and_logits(answer):
-    "Did a network answer a batch with two tables, `(B, d)` and `(B, k)`?"
+    "Is the answer of a network a pair of tables, `(B, d)` and `(B, k)`?"
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         return False
     return answer[0].ndim == answer[1].ndim == 2
@@ -229,7 +230,7 @@ inception_url = f"{_releases}/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 # %% ../../nbs/2_evaluation/01_features.ipynb #features-39
 @contextmanager
 def _socket_timeout(seconds):
-    "Inside the block, connections that say nothing for so long are given up."
+    "Inside the block, a connection over which nothing comes for `seconds` fails."
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -253,11 +254,11 @@ def _download(path, url=inception_url, timeout=20):
 
 # %% ../../nbs/2_evaluation/01_features.ipynb #features-40
 def inception_file():
-    """The path of Inception's weights: what DIFFUSEVAE_INCEPTION names, else that in torch hub's cache.
+    """The path of Inception's weights: the one in DIFFUSEVAE_INCEPTION, or else one in torch hub's cache.
 
-    They are downloaded to the cache if they are not there.
+    The file is downloaded to the cache if it is not there.
 
-    Raises: RuntimeError that says where to get and place the file when it cannot be had.
+    Raises: RuntimeError that says where to get the file and where to place it, if there is none.
     """
     if named := os.environ.get("DIFFUSEVAE_INCEPTION"):
         if not Path(named).is_file():
@@ -275,23 +276,23 @@ def inception_file():
 class Inception(nn.Module):
     """torch-fidelity's Inception v3 with the weights of the file at `path`.
 
-    uint8 images `(B, 1 or 3, H, W)` to `(features (B, 2048), logits (B, 1008))`. Grey images become three
-    equal channels; all are scaled to 299 × 299 as the original did. The logits are without bias, as the
-    Inception Score's were.
+    It maps uint8 images `(B, 1 or 3, H, W)` to `(features (B, 2048), logits (B, 1008))`. The channel of a
+    grey image is used three times. All images are scaled to 299 × 299 as by the original network. The logits
+    have no bias, like those of the Inception Score.
 
-    Raises: ValueError for a file with other contents; its code, if it has any, is not run.
+    Raises: ValueError for a file with other contents. No code is run that such a file may contain.
     """
 
     def __init__(self, path):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
-        # the extractor unpickles whatever it is given, so it is given a copy that holds tensors alone
+        # the extractor unpickles any file, also one with code, so it gets a copy that holds tensors only
         clean = io.BytesIO()
         try:
             torch.save(torch.load(path, map_location="cpu", weights_only=True), clean)
             clean.seek(0)
-            # its initial weights cost random numbers that a caller may count on
+            # the initial weights draw random numbers; fork_rng puts the caller's generator back afterwards
             with torch.random.fork_rng(devices=[]):
                 self.network = FeatureExtractorInceptionV3(
                     "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=clean
@@ -305,4 +306,4 @@ class Inception(nn.Module):
     def forward(self, images):
         if images.shape[1] not in (1, 3):
             raise ValueError(f"Inception takes images with 1 or 3 channels, got {tuple(images.shape)}")
-        return self.network(images.expand(-1, 3, -1, -1))
+        return self.network(images.expand(-1, 3, -1, -1))  # repeats a grey channel, leaves three as they are

@@ -429,7 +429,7 @@ def uncommented(arguments, lines):
     if len(given) <= FEW_PARAMETERS:
         return []
     rows = [a.lineno for a in given]
-    commented = [re.search(r"#\s*\w", lines[row - 1]) is not None for row in rows]
+    commented = [re.search(r"#\s*\S", lines[row - 1]) is not None for row in rows]
     return [a.arg for a, row, said in zip(given, rows, commented) if not said or rows.count(row) > 1]
 
 
