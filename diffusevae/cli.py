@@ -20,7 +20,7 @@ from .core.parameters import find_notebook, notebooks_folder, parameters_of, par
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-05
 def pair(word):
-    "`name=value` as a tuple of texts. Raises: argparse's error for a word without `=`."
+    "The two texts (name, value) of a `word` that is name=value. Raises: argparse's error for another word."
     name, sign, value = word.partition("=")
     if not sign or not name:
         raise argparse.ArgumentTypeError(f"a parameter is written name=value, got {word!r}")
@@ -28,9 +28,10 @@ def pair(word):
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-07
 def typed_parameters(pairs, notebook_names):
-    """The parameters in `-p` words, as {name: value}, for notebooks of which at least one must take each.
+    """The parameters of a command line as {name: value}, each value with the type that the notebooks declare.
 
-    Raises: ValueError for a name that none takes, or a value that does not fit.
+    `pairs` are texts (name, value).
+    Raises: ValueError for a name that none of the notebooks takes, or a value that does not fit its type.
     """
     spec = {}
     for notebook in notebook_names:
@@ -42,10 +43,10 @@ def run_command(options):
     "`diffusevae run`: execute a run notebook into `--out`."
     from diffusevae.core import records, runs
 
-    before = records.read_record(options.out)
+    earlier = records.read_record(options.out)  # read now, since the run writes a record of its own
     values = typed_parameters(options.parameters, [options.name])
     record = runs.run(options.name, options.out, **values)
-    if before and before["status"] == "completed":
+    if earlier and earlier["status"] == "completed":
         print(f"{options.name} in {options.out} was complete already; delete the folder to start over")
     else:
         print(f"{options.name} in {options.out} is complete")
@@ -61,12 +62,12 @@ def study_command(options):
     values = typed_parameters(options.parameters, notebooks)
     started = time.perf_counter()
     any_executed = False
-    results = []  # of the last run
+    results = []  # files of the run that came last: a study ends with what it was made for
     for name, record, seconds in runs.run_study(options.name, options.out, **values):
         executed = seconds > 1  # a run that is complete takes no longer than reading its record
         any_executed = any_executed or executed
-        what = f"done in {duration_text(seconds)}" if executed else "complete already"
-        print(f"{name}: {what}", file=sys.stderr, flush=True)
+        state = f"done in {duration_text(seconds)}" if executed else "complete already"
+        print(f"{name}: {state}", file=sys.stderr, flush=True)
         folder = Path(options.out) / name
         results = [os.path.normpath(folder / path) for path in record["artefacts"].values()]
     duration = duration_text(time.perf_counter() - started)
@@ -77,7 +78,7 @@ def study_command(options):
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-13
 def duration_text(seconds):
-    "Seconds as people read them: `42 s`, `3 min 05 s`."
+    "A number of seconds as text for people: `42 s`, `3 min 05 s`."
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
@@ -90,7 +91,7 @@ def comment_of(recipe):
 
 
 def first_words(path):
-    "What a run notebook or a recipe says of itself first: the heading, or the first sentence of the comment."
+    "A line that describes a file: a run notebook's heading, or the first sentence of a recipe's comment."
     if path.suffix == ".yaml":
         # A sentence ends with . : or ?, but not with the dot of "et al."
         sentences = re.split(r"(?<=[.:?])(?<!al\.) ", comment_of(path))
@@ -154,10 +155,10 @@ def status_command(options):
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-19
 def study_provenance(study):
-    """Where a study's figures come from, as a dict.
+    """A dict that says where a study's figures come from.
 
-    It has the parameters, times, device, versions and commit of the study's record, None where there is none,
-    and for each training how long it took, in steps and seconds.
+    It has the parameters, times, device, versions and commit of the study's record, each None if there is no
+    record; and `training`, a dict with the steps and seconds that each training took.
     """
     from diffusevae.core import records
 
@@ -185,21 +186,21 @@ def compare_command(options):
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-21
 def _add_run(commands):
-    "The sub-command `run`."
+    "Add the sub-command `run`."
     command = _add_command(commands, "run", run_command)
     command.add_argument("name", help="name or path of a run notebook")
     _add_out_and_parameters(command)
 
 
 def _add_study(commands):
-    "The sub-command `study`."
+    "Add the sub-command `study`."
     command = _add_command(commands, "study", study_command)
     command.add_argument("name", help="name or path of a recipe")
     _add_out_and_parameters(command)
 
 
 def _add_list(commands):
-    "The sub-command `list`."
+    "Add the sub-command `list`."
     command = _add_command(commands, "list", list_command)
     command.add_argument(
         "name", nargs="?", help="a notebook, to see its parameters, or a recipe, to see its runs"
@@ -207,13 +208,13 @@ def _add_list(commands):
 
 
 def _add_status(commands):
-    "The sub-command `status`."
+    "Add the sub-command `status`."
     command = _add_command(commands, "status", status_command)
     command.add_argument("folder", help="the folder of a run or of a study")
 
 
 def _add_compare(commands):
-    "The sub-command `compare`."
+    "Add the sub-command `compare`."
     command = _add_command(commands, "compare", compare_command)
     command.add_argument(
         "studies", nargs="+", metavar="STUDY", help="folders of studies that differ in their seed"
@@ -222,14 +223,14 @@ def _add_compare(commands):
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-21-shared
 def _add_command(commands, name, serve):
-    "A sub-command that the function `serve` serves; its help is that function's docstring."
+    "Add a sub-command that calls the function `serve`, and return it; its help is the docstring of `serve`."
     command = commands.add_parser(name, help=serve.__doc__.partition(": ")[2], description=serve.__doc__)
     command.set_defaults(serve=serve)
     return command
 
 
 def _add_out_and_parameters(command):
-    "The arguments of the sub-commands that execute notebooks."
+    "Add `--out` and `-p`, the options of all sub-commands that execute notebooks."
     command.add_argument(
         "--out", required=True, metavar="DIR", help="the folder to write to, and to go on from"
     )
@@ -245,7 +246,7 @@ def _add_out_and_parameters(command):
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-22
 def parser():
-    "The command's grammar; what it parses has `serve`, the function to call with the result."
+    "The argument parser of `diffusevae`. Its result has `serve`, the function to call with that result."
     grammar = argparse.ArgumentParser(
         "diffusevae", description="Run notebooks and studies of the DiffuseVAE kit."
     )
@@ -259,7 +260,7 @@ def parser():
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-23
 def main(argv=None):
-    """Serve a command line, that of the process if `argv` is None.
+    """Execute the command line `argv`, a list of words; None takes that of the process.
 
     Returns the exit code: 0 done, 1 the run failed, 2 the command was wrong, 130 interrupted.
     """

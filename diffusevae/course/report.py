@@ -52,25 +52,27 @@ _typst_style = """#set page(margin: 1.8cm, numbering: "1")
 def expected_runs(study):
     """The names of a study's runs, in order.
 
-    First those that its own record names, then whatever other folder holds a record, the oldest file first.
+    First come the runs that the study's own record names, then all other folders that hold a record, the
+    oldest record first.
     Raises: ValueError when no folder in it has a record.
     """
     study = Path(study)
     own_record = read_record(study) or {}
     planned = own_record.get("runs") or []
     files = sorted(study.glob("*/record.json"), key=lambda path: path.stat().st_mtime)
-    found = [path.parent.name for path in files]
-    if not found:
+    recorded = [path.parent.name for path in files]
+    if not recorded:
         raise ValueError(
             f"no record in {study}; give the folder of a study, with a folder for each run in it"
         )
-    return list(dict.fromkeys([*planned, *found]))
+    return list(dict.fromkeys([*planned, *recorded]))  # each name once, in this order
 
 # %% ../../nbs/7_course/01_report.ipynb #report-06
 def study_records(study):
-    """The completed records of a study and its gaps: two dicts by the run's name, in order.
+    """Two dicts by the runs' names, in order: the completed records of a study, and its gaps.
 
-    Each record has its `folder` besides. A gap is a sentence that says why there is no completed record.
+    Each record gets one more entry, the `folder` of its run. A gap is a sentence that says why a run has no
+    completed record.
     """
     of_study = records_of_study(study)
     completed = {}
@@ -87,7 +89,7 @@ def study_records(study):
 
 # %% ../../nbs/7_course/01_report.ipynb #report-11
 def artefact(record, name):
-    "The path of what a record names `name`; None where it names nothing, or the file is gone."
+    "The path of the file that a record lists under `name`; None if it lists none, or the file is gone."
     relative = record["artefacts"].get(name)
     if not relative:
         return None
@@ -96,26 +98,33 @@ def artefact(record, name):
 
 # %% ../../nbs/7_course/01_report.ipynb #report-12
 def image_arrays(records, ending):
-    "All image arrays that records name `MODEL_ending`, by model: uint8 tensors."
-    found = {}
+    "A dict {model: uint8 tensor} of all image arrays that `records` list under the name `MODEL_ending`."
+    arrays = {}
+    suffix = f"_{ending}"
     for record in records.values():
         for name in record["artefacts"]:
+            if not name.endswith(suffix):
+                continue
             path = artefact(record, name)
-            if name.endswith(f"_{ending}") and path:
-                model = name.removesuffix(f"_{ending}")
-                found[model] = torch.from_numpy(np.load(path, allow_pickle=False))
-    return found
+            if path is not None:
+                model = name.removesuffix(suffix)
+                arrays[model] = torch.from_numpy(np.load(path, allow_pickle=False))
+    return arrays
 
 # %% ../../nbs/7_course/01_report.ipynb #report-16
 def parameter_table(records, notebooks):
     """The parameters of all runs whose notebook's name starts with `notebooks`, as a table in Markdown.
 
-    It has a column for each run, and – where a run has no such parameter. It is empty where there is no run.
+    The table has a row for each parameter and a column for each run; a – says that a run has no such
+    parameter. An empty string is returned if there is no such run.
     """
     parameters = {run: r["parameters"] for run, r in records.items() if r["notebook"].startswith(notebooks)}
     if not parameters:
         return ""
-    names = dict.fromkeys(name for of_run in parameters.values() for name in of_run if name != "run_dir")
+    names = {}  # a dict, as a set that keeps its order
+    for of_run in parameters.values():
+        names |= dict.fromkeys(of_run)
+    names.pop("run_dir", None)  # the folder of the run says nothing about what it does
     rows = []
     for name in names:
         values = [of_run.get(name, "–") for of_run in parameters.values()]
@@ -124,7 +133,7 @@ def parameter_table(records, notebooks):
 
 # %% ../../nbs/7_course/01_report.ipynb #report-19
 def loss_curves(records):
-    "A figure with the loss of every run that names a log; None when there is none."
+    "A figure with the losses of every run whose record lists a log; None when there is no such run."
     logs = {run: read_log(record["folder"]) for run, record in records.items() if artefact(record, "log")}
     if not logs:
         return None
@@ -139,7 +148,7 @@ def loss_curves(records):
 
 
 def _draw_losses(ax, log):
-    "The training loss as a line, the validation loss dashed, over the step."
+    "Draw the losses of a `log` over the step: in training a solid line, in validation a dashed one."
     styles = {"loss": "-", "validation_loss": "--"}
     for color, (key, linestyle) in zip(plots.palette, styles.items()):
         rows = [row for row in log if key in row]
@@ -163,35 +172,37 @@ def _panels(images_by_model, **layout):
 
 
 def sample_grids(records):
-    "A figure with 24 samples of each model; None when no record names samples."
-    found = image_arrays(records, "shown")
-    panels = {model: (images[:24], 12) for model, images in found.items()}
+    "A figure with the first 24 samples of each model, in rows of 12; None when no record lists samples."
+    samples = image_arrays(records, "shown")
+    panels = {model: (images[:24], 12) for model, images in samples.items()}
     return _panels(panels, rows=len(panels), width=6.5, height=1.35)
 
 # %% ../../nbs/7_course/01_report.ipynb #report-24
 def trajectories(records):
-    """A figure with the denoising of a few samples of each diffusion model; None without any.
+    """A figure with the denoising of a few samples of each diffusion model; None when no record lists any.
 
     Each row is a sample, from noise on the left to the image on the right.
     """
-    found = image_arrays(records, "trajectory")
     panels = {}
-    for model, steps in found.items():  # (steps, samples, C, H, W)
-        by_sample = steps.transpose(0, 1).flatten(0, 1)
+    for model, steps in image_arrays(records, "trajectory").items():  # steps: (steps, samples, C, H, W)
+        by_sample = steps.transpose(0, 1).flatten(0, 1)  # all steps of a sample are neighbours
         panels[model] = (by_sample, len(steps))
-    count = max(len(panels), 1)
+    count = max(len(panels), 1)  # the width is divided by it, also where there is no panel
     return _panels(panels, columns=count, width=9 / count, height=1.2 + 2.4 / count)
 
 # %% ../../nbs/7_course/01_report.ipynb #report-25
 def interpolations(records):
-    "A figure of two straight lines in the latent space of each model, a row each; None without any."
-    found = image_arrays(records, "interpolation")
-    panels = {model: (images, len(images) // 2) for model, images in found.items()}
+    """A figure with the images along lines in the latent space of each model; None when no record lists any.
+
+    Each model has two rows: the first half of its images and the second.
+    """
+    lines = image_arrays(records, "interpolation")
+    panels = {model: (images, len(images) // 2) for model, images in lines.items()}
     return _panels(panels, rows=len(panels), width=6.5, height=1.45)
 
 # %% ../../nbs/7_course/01_report.ipynb #report-23
 def refinements(records):
-    "A figure with samples of each DiffuseVAE's VAE above and their refinements below; None without any."
+    "A figure with each model's VAE samples above their refinements; None when no record lists any."
     rows = {}
     for model, (of_vae, refined) in image_arrays(records, "pairs").items():
         rows[f"{model}, VAE"] = of_vae
@@ -203,13 +214,13 @@ missing_mark = "**Missing:**"
 
 # %% ../../nbs/7_course/01_report.ipynb #report-29
 def missing_figure(what, reasons):
-    "A paragraph in place of what is missing, with the reasons why."
+    "A paragraph in Markdown, a quotation, that says `what` is missing, and the list of `reasons` for it."
     why = f" – {'; '.join(reasons)}" if reasons else ""
     return f"> {missing_mark} {what}{why}."
 
 # %% ../../nbs/7_course/01_report.ipynb #report-30
 def figure_block(fig, name, caption, folder):
-    "Markdown for a figure, whose PNG is written into `folder`; an empty string for None."
+    "Write a figure into `folder` as NAME.png and return its Markdown; for no figure, an empty string."
     if fig is None:
         return ""
     with whole_file(Path(folder) / f"{name}.png") as temporary:
@@ -248,10 +259,11 @@ def _sections(records, results, folder):
 def compose(study, results, folder, title="A study"):
     """The report of `study` as Markdown, with its pictures written into `folder`.
 
-    `results` is the table of figures, in Markdown.
+    `results` is the table of results, in Markdown.
     Raises: ValueError for a folder without records.
     """
     records, gaps = study_records(study)
+    # the run that writes this report cannot be completed yet: that is no gap
     gaps = {run: reason for run, reason in gaps.items() if not run.startswith("report")}
     parts = [provenance_sentence(records)]
     parts += [missing_figure(f"`{run}`", [reason]) for run, reason in gaps.items()]
@@ -266,12 +278,12 @@ def compose(study, results, folder, title="A study"):
 
 
 def _kind_of(run):
-    "Which sections a run feeds, by its name, since a missing run has nothing else to ask."
+    "The kind of a run, `evaluate` or `train`, by its name: a missing run has no record that could tell."
     return "evaluate" if run.startswith("evaluate") else "train"
 
 # %% ../../nbs/7_course/01_report.ipynb #report-35
 def provenance_sentence(records):
-    "A sentence on when, where and with what the runs were made; empty for no runs."
+    "A sentence on when, on which device and with which code the runs were made; empty for no runs."
     if not records:
         return ""
     of_runs = list(records.values())
@@ -284,7 +296,7 @@ def provenance_sentence(records):
 
 
 def _commit(git):
-    "A record's commit in words: ten letters of it, and whether there were changes."
+    "The commit in a record's `git` entry, its first ten letters, and whether the code had changes beside it."
     name = (git["commit"] or "no commit")[:10]
     return f"{name} with changes" if git["dirty"] else name
 

@@ -16,21 +16,23 @@ from .samplers import clip_function
 
 # %% ../../nbs/4_diffusion/10_bound.ipynb #bound-kl
 def kl_normal(mean1, variance1, mean2, variance2):
-    "KL(N(mean1, variance1) || N(mean2, variance2)) of each number, in nats."
-    spread = (variance2 / variance1).log()
-    square = variance1 + (mean1 - mean2) ** 2  # the mean of (x - mean2)² under the first
-    return (spread - 1 + square / variance2) / 2
+    "The divergence KL(N(mean1, variance1) || N(mean2, variance2)) of each number, in nats."
+    log_ratio = (variance2 / variance1).log()
+    mean_square = variance1 + (mean1 - mean2) ** 2  # the mean of (x - mean2)² under the first Gaussian
+    return (log_ratio - 1 + mean_square / variance2) / 2
 
 # %% ../../nbs/4_diffusion/10_bound.ipynb #bound-pixels
 def pixel_log_prob(x0, mean, variance):
-    """The log of the probability of 8-bit pixels `x0` in [-1, 1] under a Gaussian, in nats a number; no
-    tail is cut off.
+    """The log-probability of each 8-bit pixel of `x0`, in [-1, 1], under a Gaussian, in nats.
+
+    It is exact far out in the tails, too.
 
     Source: Ho et al. 2020, equation 13.
     """
     # the edges of the bin, half a pixel value to each side, in standard deviations from the mean
     centre = (x0 - mean) / variance.sqrt()
     half = 1 / 255 / variance.sqrt()
+    # the bins of the darkest and the brightest value, -1 and 1, reach out to infinity
     a = torch.where(x0 < -0.999, -math.inf, centre - half)
     b = torch.where(x0 > 0.999, math.inf, centre + half)
     # Φ(b) - Φ(a) = Φ(-a) - Φ(-b): bins above the mean are mirrored, as log Φ is exact in the lower tail only
@@ -47,13 +49,14 @@ def bound_term(
     process,  # a Diffusion
     out,  # the network's output at x_t and t
     x0,  # the images, (B, C, H, W)
-    x_t,  # the same, noised to t
+    x_t,  # the images noised to t
     t,  # int64 (B,), in 0 … T-1
     clip=True,  # how the predicted x0 is kept in range: True, False or a quantile, as for samplers
     discrete=True,  # True: x0 are 8-bit pixels, with a probability; False: real numbers, with a density
 ):
-    """One term of the variational bound: nats per dimension, `(B,)`. At t = 0 the code length of x0,
-    elsewhere a KL.
+    """One term of the variational bound, in nats per dimension, `(B,)`.
+
+    At t = 0 the term is the code length -log p(x0 | x_t), elsewhere KL(q || p) of the step back from t.
 
     Source: Ho et al. 2020, equation 5.
     """
@@ -61,7 +64,8 @@ def bound_term(
     smallest = process.smallest_variance().to(x0.dtype)
     p_mean, p_variance = process.step_back(predicted, x_t, t, out=out)
     q_mean, q_variance = process.posterior(x0, x_t, t)
-    p_variance = torch.where(p_variance > 0, p_variance, smallest)  # 0 at the last step
+    # the variances can be 0, at t = 0, and are divided by
+    p_variance = torch.where(p_variance > 0, p_variance, smallest)
     q_variance = torch.where(q_variance > 0, q_variance, smallest)
     kl = kl_normal(q_mean, q_variance, p_mean, p_variance)
     if discrete:
@@ -79,12 +83,12 @@ def variational_bound(
     cond=None,  # what the model is told of each image, a Cond or None
     clip=True,  # how the predicted x0 is kept in range: True, False or a quantile, as for samplers
     discrete=True,  # True: x0 are 8-bit pixels, with a probability; False: real numbers, with a density
-    every=1,  # how many neighbouring terms share one call, at a t drawn among them for each image
+    every=1,  # how many neighbouring terms one call estimates, at a t drawn among them for each image
 ):
     """The variational bound on -log p(x0), in nats per dimension; divide by log 2 for bits.
 
-    A dict: `total` = `prior` + the sum of `terms` `(calls,)`, means over the images, and `each` `(B,)`,
-    the total of every image. The first of the terms is that of t = 0.
+    Returns a dict of means over the images: `prior`, `terms` `(calls,)` from t = 0 upwards, and `total`,
+    which is `prior` plus the sum of `terms`. Its `each` `(B,)` is the total of every single image.
 
     Raises: ValueError for `every` below 1.
     Source: Ho et al. 2020, equation 5.
@@ -92,12 +96,13 @@ def variational_bound(
     at_least(1, every=every)
 
     def term(first, end):
-        "The terms `first` … end - 1 of each image: one of them, drawn for each image, times their number."
+        "Estimates the sum of the terms first … end - 1 of each image: a drawn one, times their number."
         t = torch.randint(first, end, (len(x0),), device=x0.device)
         x_t = process.add_noise(x0, torch.randn_like(x0), t)
         out = model(x_t, process.time_input(t), cond)
         return (end - first) * bound_term(process, out, x0, x_t, t, clip, discrete)
 
+    # the prior term: what x_T still tells of x0
     abar = process.schedule.abar[-1:]
     prior = kl_normal(abar.sqrt() * x0, 1 - abar, 0.0, 1.0).flatten(1).mean(1)
     terms = [term(0, 1)]

@@ -22,7 +22,7 @@ from .unet import Embedding, UNetStage
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-06
 def with_null(cond):
-    "A condition and, below it, the one that says nothing: twice the batch, all parts together."
+    "A condition for the doubled batch: `cond` in the first half, the null condition in the other."
     null = null_condition(cond)
 
     def part_and_null(name, part):
@@ -38,26 +38,27 @@ def rescale_std(out, like, share):
 
     Source: Lin et al. 2024, section 3.4.
     """
-    over = tuple(range(1, out.ndim))
+    dims = tuple(range(1, out.ndim))
     tiny = torch.finfo(out.dtype).tiny
-    std = out.std(over, keepdim=True).clamp(min=tiny)  # a fresh network answers 0 everywhere
-    ratio = like.std(over, keepdim=True) / std
+    std = out.std(dims, keepdim=True).clamp(min=tiny)  # a fresh network returns 0 everywhere
+    ratio = like.std(dims, keepdim=True) / std
     return out * (1 + share * (ratio - 1))
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-12
 def check_guidance(model, w, interval, rescale):
     """Checks the settings of `cfg`.
 
-    Raises: ValueError for those that it cannot use, or a denoiser that was built without any condition.
+    Raises: ValueError for w below -1, a rescale outside [0, 1], an interval that is no pair low <= high,
+    or a denoiser that was built without any condition.
     """
     at_least(-1, w=w)
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie in [0, 1], got {rescale}")
     if interval is not None:
-        pair = isinstance(interval, (tuple, list)) and len(interval) == 2
-        if not pair or not interval[0] <= interval[1]:
+        is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+        if not is_pair or not interval[0] <= interval[1]:
             raise ValueError(f"interval must be (low, high) in the time input's units, got {interval}")
-    takes = getattr(model, "takes", None)  # plain functions do not say
+    takes = getattr(model, "takes", None)  # networks say what parts they take, plain functions do not
     if takes is not None and all(shape is None for shape in takes.values()):
         raise ValueError(
             f"this {type(model).__name__} takes no condition, so there is nothing to guide by; "
@@ -67,10 +68,10 @@ def check_guidance(model, w, interval, rescale):
 
 def _extrapolated(
     conditional,  # the network's output with the condition, (B, C, …), or (B, 2C, …) with a learned variance
-    free,  # its output without, like it
+    free,  # the output without the condition, of the same shape
     w,  # the weight: a number, or one for each sample, shaped to multiply
     x_t,  # the images, (B, C, …)
-    rescale,  # how far standard deviations go back to those with the condition, in [0, 1]
+    rescale,  # how far standard deviations are moved to those of `conditional`, in [0, 1]
 ):
     "conditional + w·(conditional - free) in x_t's channels and type, with the variance of `conditional`."
     channels = x_t.shape[1]
@@ -87,14 +88,14 @@ def _extrapolated(
 def cfg(model, w, interval=None, rescale=0.0):
     """Classifier-free guidance: a denoiser with the output (1 + w)·out(cond) - w·out(null).
 
-    One call on the doubled batch gives both. w = 0 is unguided and costs one plain call, w = -1 is the
-    model without condition; a scale g of the form null + g·(cond - null) is w = g - 1. `interval` (low,
-    high) guides samples with low <= time input <= high only. `rescale`, in [0, 1], is how far standard
-    deviations are moved back to those of the conditional output. A learned variance is the conditional
-    one.
+    One call on the doubled batch gives both outputs. w = 0 is the model with its condition, unguided, in
+    one plain call; w = -1 is the model without condition. The scale g in out(null) + g·(out(cond) -
+    out(null)) is 1 + w. With `interval` (low, high) only samples with low <= time input <= high are
+    guided. `rescale`, in [0, 1], is how far standard deviations are moved back to those of out(cond). A
+    learned variance is that of out(cond).
 
-    Raises: ValueError for w below -1, a rescale outside [0, 1], an interval upside down, a denoiser built
-    without condition, or a call without one.
+    Raises: ValueError for w below -1, a rescale outside [0, 1], an interval with low > high, a denoiser
+    that was built without condition, or a call without one.
     Source: Ho and Salimans 2022, equation 6; interval: Kynkäänniemi et al. 2024, section 3.
     """
     check_guidance(model, w, interval, rescale)
@@ -124,10 +125,10 @@ def cfg(model, w, interval=None, rescale=0.0):
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-38
 @configured
 class NoisyClassifier(nn.Module):
-    """p(label | x_t): half a U-Net that is given the time; a system with a `loss`.
+    """A classifier of noisy images, p(label | x_t): half a U-Net that is given the time, and its `loss`.
 
-    Images `(B, channels, size, size)`, t the process's time input `(B,)`, logits `(B, classes)`. The
-    resolution is halved between two of the `multipliers`.
+    It takes images `(B, channels, size, size)` and the process's time input `(B,)`, and returns logits `(B,
+    classes)`. The resolution is halved after each of the `multipliers` but the last.
 
     Raises: ValueError for a size that `patch` does not divide, other images, or labels outside 0 …
     classes - 1.
@@ -139,9 +140,9 @@ class NoisyClassifier(nn.Module):
         size,  # pixels of the square images
         channels,  # of the images
         classes,  # how many labels there are
-        process,  # says what noise it is trained on
-        width=32,  # channels at the first resolution, in units of which the others are given
-        multipliers=(1, 2),  # channels at each resolution, in units of the width
+        process,  # the Diffusion whose noisy images it is trained on
+        width=32,  # channels after the first convolution
+        multipliers=(1, 2),  # channels at each resolution, as multiples of the width
         patch=1,  # patch × patch pixels are folded into channels first
     ):
         super().__init__()
@@ -161,7 +162,7 @@ class NoisyClassifier(nn.Module):
             self.stages.append(UNetStage(c_in, m * width, c_emb))
             c_in = m * width
         self.down = nn.ModuleList(downsample(m * width, m * width) for m in multipliers[:-1])
-        self.down.append(nn.Identity())  # the last resolution stays
+        self.down.append(nn.Identity())  # after the last stage nothing is halved
         self.head = nn.Sequential(
             group_norm(c_in),
             nn.SiLU(),
@@ -196,8 +197,9 @@ class NoisyClassifier(nn.Module):
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-42
 def class_gradient(classifier, x_t, t, label):
-    """∇ log p(label | x_t) with respect to x_t, of its shape, also where gradients are off; 0 for the
-    label -1.
+    """The gradient of log p(label | x_t) with respect to x_t, of the same shape as x_t.
+
+    For samples with the label -1, no class, it is 0. It is computed under `torch.no_grad` too.
 
     Raises: ValueError for labels that the classifier does not have.
     """
@@ -206,15 +208,18 @@ def class_gradient(classifier, x_t, t, label):
         log_p = F.log_softmax(classifier(x, t).to(x.dtype), dim=1)
         samples, classes = log_p.shape
         check_labels(label, samples, classes)
+        # the label -1 reads class 0 here, and counts as 0 in the total
         of_label = log_p.gather(1, label.clamp(min=0)[:, None])[:, 0]
+        # no sample depends on another, so the gradient of the sum holds the gradient of each
         total = torch.where(label < 0, 0, of_label).sum()
         return torch.autograd.grad(total, x)[0]
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-46
 def guidance_factor(process, t, x):
-    """What ∇ log p(label | x_t) is multiplied with to shift eps, x0 or v, shaped to multiply `x`.
+    """The factor by which ∇ log p(label | x_t) shifts the predicted eps, x0 or v, shaped to multiply `x`.
 
-    t is the time input `(B,)`. Where no signal is left, the factor of x0 and v is 0.
+    It is -√(1 - abar) for eps, (1 - abar) / √abar for x0, and -√((1 - abar) / abar) for v; the last two
+    are 0 where no signal is left. t is the time input `(B,)`.
     """
     abar = process.abar_seen(t, x)
     if process.predict == "eps":
@@ -226,16 +231,16 @@ def guidance_factor(process, t, x):
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-48
 def _what_it_takes(model, cond):
-    "The condition of a denoiser whose label is meant for a classifier: without the label if it takes none."
-    takes = getattr(model, "takes", None)  # plain functions do not say, and get all of it
+    "The condition to give the denoiser `model`: `cond`, but without its label if the model takes none."
+    takes = getattr(model, "takes", None)  # plain functions do not say, and get all parts
     if takes is not None and takes["label"] is None:
         return replace(cond, label=None)
     return cond
 
 
 def _shared_process(model, classifier, process):
-    "The process of a classifier and a denoiser; ValueError when images or noise differ, or none is known."
-    own = getattr(classifier, "process", process)
+    "The process that both models share. Raises ValueError for none, or for other noise or images."
+    own = getattr(classifier, "process", process)  # the classifier's, which may have none
     if own is None:
         raise ValueError(
             "this classifier has no process of its own; say by process= what noise it and the denoiser know"
@@ -263,9 +268,9 @@ def _shared_process(model, classifier, process):
 def classifier_guided(model, classifier, w, process=None):
     """Classifier guidance: a denoiser whose eps is eps - w·√(1 - abar)·∇ log p(label | x_t).
 
-    It answers in whatever `process` predicts (the classifier's unless given). The label is the
-    condition's; it reaches the model too, if that takes labels. For such a model w is that of `cfg`; for
-    one without, it is 1 + that.
+    The output is eps, x0 or v: whatever `process` predicts, by default the classifier's process. The label
+    is that of the condition. A model that takes labels is given the label too, and w then means what it
+    means in `cfg`. For a model without labels, the w of `cfg` corresponds to 1 + w here.
 
     Raises: ValueError for w below 0, a classifier of other images or noise than the denoiser's, or a call
     without labels or with wrong ones.

@@ -21,31 +21,31 @@ from .process import posterior_weights
 from .schedules import even_log_snr
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-06
-# For T noise levels and n steps, each rule gives n places in 0 … T-1, rising. Only the last one
-# needs the schedule's log-SNR `(T,)`.
+# For T noise levels and n steps, each rule gives n numbers in 0 … T-1, rising: the levels to visit.
+# Only the last rule needs the schedule's log-SNR `(T,)`.
 def _leading(T, n, log_snr):
-    "Whole steps up from 0."
+    "The first n multiples of T // n, from 0 on."
     return np.arange(n) * (T // n)
 
 
 def _linspace(T, n, log_snr):
-    "Even steps between 0 and T-1, both of them included."
+    "Evenly spaced numbers from 0 to T-1, both included, rounded."
     return np.linspace(0, T - 1, n).round()
 
 
 def _trailing(T, n, log_snr):
-    "Even steps down from T-1."
-    falling = np.arange(T, 0, -T / n)[:n]  # by rounding, arange may add one more
+    "Evenly spaced numbers from T/n - 1 to T-1, both included, rounded."
+    falling = np.arange(T, 0, -T / n)[:n]  # rounding errors may make arange one number longer
     return falling[::-1].round() - 1
 
 
 def _quad(T, n, log_snr):
-    "Even steps of the square root between 0 and 0.8·T: the places crowd where there is little noise."
+    "Squares of evenly spaced numbers from 0 to √(0.8·T): they are densest where there is little noise."
     return np.linspace(0, (0.8 * T) ** 0.5, n) ** 2
 
 
 def _even_log_snr(T, n, log_snr):
-    "Even steps of the log-SNR; the last place is T-1."
+    "The levels at which the log-SNR is evenly spaced, rounded; the last one is T-1."
     return even_log_snr(log_snr[:T], n).round()
 
 
@@ -59,38 +59,39 @@ spacings = {
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-distinct
 def distinct(times, T):
-    "Whole numbers `times` `(n,)`, rising and at most T of them, made different within 0 … T-1."
+    "Moves whole numbers `times` `(n,)`, rising, n <= T, until all are different and lie in 0 … T-1."
+    # whole numbers are different and rising just if times[k] - k never falls
     k = np.arange(len(times))
     difference = np.maximum.accumulate(times - k)
-    difference = np.minimum(difference, T - len(times))
+    difference = np.minimum(difference, T - len(times))  # the last number is then at most T-1
     return difference + k
 
 
 def timesteps(T, steps, spacing="leading", log_snr=None):
-    """The noise levels to visit: `steps` different indices of 0 … T-1, falling, as a list.
+    """The noise levels to visit: a list of `steps` different whole numbers in 0 … T-1, falling.
 
-    `spacing` says how they lie; `logsnr` needs the schedule's `log_snr` `(T,)`. `leading`, `linspace` and
-    `quad` end at 0, so a single step of theirs is [0]. `trailing`, `logsnr` and, with more than one step,
-    `linspace` begin at T-1.
+    `spacing` is the rule that spaces them; `logsnr` needs the schedule's `log_snr` `(T,)`. With `leading`,
+    `linspace` and `quad` the list ends at 0, so that a single step gives [0]. With `trailing`, `logsnr`
+    and, for more than one step, `linspace` it begins at T-1.
 
     Raises: ValueError for an unknown spacing, steps outside 1 … T, or `logsnr` without `log_snr`.
     Source: Lin et al. 2024, table 2; `quad` Song et al. 2021 (DDIM), appendix D.2; `logsnr` Lu et al.
     2022 (DPM-Solver).
     """
-    places_of = choice("spacing", spacing, spacings)
+    rule = choice("spacing", spacing, spacings)
     if not 1 <= steps <= T:
         raise ValueError(
             f"steps must lie in 1 … {T}, the number of noise levels to walk through, got {steps}"
         )
     if spacing == "logsnr" and log_snr is None:
         raise ValueError("the spacing logsnr needs the schedule's log_snr; give Schedule.log_snr()")
-    places = places_of(T, steps, log_snr).astype(int)
-    rising = distinct(places, T)
+    levels = rule(T, steps, log_snr).astype(int)
+    rising = distinct(levels, T)
     return rising[::-1].tolist()
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-11
 def _check_seeds(seeds, n):
-    "ValueError unless `seeds` is None or a list of `n`."
+    "Raises ValueError unless `seeds` is None or a list of `n` seeds."
     if seeds is None:
         return
     got = len(seeds) if hasattr(seeds, "__len__") else "no list of"
@@ -101,8 +102,8 @@ def _check_seeds(seeds, n):
 class Noise:
     """A source of standard normal noise of `shape` `(B, …)`: each call draws anew.
 
-    With `seeds`, one a sample, a sample's noise does not depend on its neighbours. `stream`, 0 or 1,
-    keeps draws for different purposes apart.
+    With `seeds`, one for each sample, a sample's noise depends on its own seed only. One seed gives two
+    independent streams of noise; `stream`, 0 or 1, says which one is drawn from.
 
     Raises: ValueError when the seeds are not one for each sample.
     """
@@ -112,12 +113,13 @@ class Noise:
         self.shape = shape
         self.device = device
         self.generators = None
-        if seeds is not None:
+        if seeds is not None:  # 2·s + stream is another number for every seed and stream
             self.generators = [torch.Generator().manual_seed(2 * int(s) + stream) for s in seeds]
 
     def __call__(self):
         if self.generators is None:
             return torch.randn(self.shape, device=self.device)
+        # on the CPU: a seed gives the same noise on every device
         samples = [torch.randn(self.shape[1:], generator=g) for g in self.generators]
         return torch.stack(samples).to(device=self.device)
 
@@ -125,12 +127,12 @@ class Noise:
 def dynamic_threshold(x0, quantile):
     """Each image of `x0` `(B, …)` clamped to ±s and divided by s.
 
-    s is the `quantile` of the image's |x0|, or 1 if that is more.
+    s is the `quantile` of the image's |x0|, but at least 1.
 
     Source: Saharia et al. 2022 (Imagen), section 2.3.
     """
-    size = x0.flatten(1).abs().float()
-    s = torch.quantile(size, quantile, dim=1).clamp(min=1)
+    magnitude = x0.flatten(1).abs().float()
+    s = torch.quantile(magnitude, quantile, dim=1).clamp(min=1)
     s = column(s.to(x0.dtype), x0)
     return torch.clamp(x0, -s, s) / s
 
@@ -144,9 +146,10 @@ def _as_it_is(x0):
 
 
 def clip_function(clip):
-    """The function of a predicted x0 that keeps it in range: True clamps to [-1, 1], False changes nothing.
+    """A function that brings a predicted x0 into range.
 
-    A number in (0, 1) is the quantile of `dynamic_threshold`.
+    With `clip` True it clamps x0 to [-1, 1], with False it returns x0 unchanged. With a float in (0, 1) it
+    is `dynamic_threshold` with this quantile.
 
     Raises: ValueError for anything else.
     """
@@ -165,7 +168,7 @@ class Step:
 
     t: int  # where the step started
     x: torch.Tensor  # the sample after it, (B, …)
-    x0: torch.Tensor  # the clean image predicted at t, like x
+    x0: torch.Tensor  # the clean image predicted at t, (B, …)
 
 
 @dataclass(frozen=True)
@@ -175,14 +178,15 @@ class Denoised:
     x: torch.Tensor  # the noisy sample that the network was asked about, (B, …)
     t: torch.Tensor  # its time, int64 (1,)
     out: torch.Tensor  # the network's output
-    x0: torch.Tensor  # the clean image that follows from it, kept in range, like x
-    again: Callable  # again(x, t): asks the same network at another x, another Denoised
+    x0: torch.Tensor  # the clean image that follows from the output, kept in range, (B, …)
+    again: Callable  # again(x, t) asks the same network at another x and t, and returns a Denoised
 
 
 def denoise_function(model, process, cond=None, clip=True):
-    """The function `denoise(x, t) -> Denoised` of a model under a condition; t is one number or int64 `(1,)`.
+    """A function `denoise(x, t)` that asks the model under the condition and returns a `Denoised`.
 
-    `clip` says how x0 is kept in range: True, False or a quantile in (0, 1).
+    Its t is one number or int64 `(1,)`. `clip` says how x0 is kept in range: True, False or a quantile in
+    (0, 1).
 
     Raises: ValueError for another `clip`.
     """
@@ -191,17 +195,17 @@ def denoise_function(model, process, cond=None, clip=True):
     @torch.no_grad()
     def denoise(x, t):
         if not torch.is_tensor(t):
-            t = torch.full((1,), t, device=x.device)  # made where it is needed: nothing waits for the device
+            t = torch.full((1,), t, device=x.device)  # filled there: a copy would wait for the device
         t_of_each = t.expand(len(x))
         out = model(x, process.time_input(t_of_each), cond)
-        x0 = in_range(process.to_x0(out, x, t))  # (1,) reads one row of the tables for the whole batch
+        x0 = in_range(process.to_x0(out, x, t))  # t is (1,): one row of the tables serves the batch
         return Denoised(x, t, out, x0, again=denoise)
 
     return denoise
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-20
 def _walk(denoise, x, update, times):
-    "Yields a `Step` at each of `times`, falling, whose x is what `update` makes of the network's answer."
+    "Yields a `Step` for each of `times`, falling. `update` computes its x; the last x is the predicted x0."
     for t, t_prev in zip(times, [*times[1:], None]):
         now = denoise(x, t)
         if t_prev is None:
@@ -216,7 +220,7 @@ def reverse_walk(
     model,  # a denoiser: model(x_t, time input, cond)
     process,  # the Diffusion that it was trained on
     x_T,  # the noise to start from, (B, …)
-    update,  # update(now, t_prev): the x at t_prev, int64 (1,), from what `now`, a Denoised, says
+    update,  # update(now, t_prev) returns x at t_prev, int64 (1,), from `now`, a Denoised at t
     *,
     cond=None,  # what the model is told besides, a Cond or None
     steps=50,  # how many noise levels are visited
@@ -226,7 +230,7 @@ def reverse_walk(
 ):
     """The walk from `x_T` down to x0: a generator of `Step`s, one for each noise level.
 
-    The last one's x is its x0.
+    In the last step x is the predicted x0.
 
     Raises: ValueError, in the call itself, for an unknown spacing, steps outside 1 … T, another `clip`, or a
     `start` outside of the schedule.
@@ -244,9 +248,9 @@ def reverse_walk(
 
 
 def final_image(steps):
-    """The final image of a sampler: runs the generator to its end.
+    """The x of the last of `steps`, a sampler's generator, which is run to its end.
 
-    Raises: ValueError for one that is used up.
+    Raises: ValueError for a generator that has no step left.
     """
     last = None
     for last in steps:
@@ -259,12 +263,14 @@ def final_image(steps):
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-26
 def _step_noise(x_T, seeds, temperature):
-    "The function that draws the noise of one step, like `x_T`, in a stream of its own."
+    "A function that draws one step's noise, in the shape and dtype of `x_T`."
     at_least(0, step_temperature=temperature)
+    # stream 0 of the same seeds draws x_T: from stream 0 the first step's noise would be x_T once more
     noise = Noise(x_T.shape, seeds, stream=1, device=x_T.device)
 
     def draw():
         drawn = noise().to(x_T.dtype)
+        # times 1 would give the same numbers: the usual case is spared the multiplication
         return drawn if temperature == 1 else temperature * drawn
 
     return draw
@@ -272,19 +278,19 @@ def _step_noise(x_T, seeds, temperature):
 
 def ddpm(
     model,  # a denoiser: model(x_t, time input, cond)
-    process,  # the Diffusion that it was trained on; its `variance` is that of the steps
+    process,  # the Diffusion that it was trained on; its `variance` says how much noise the steps add
     x_T,  # the noise to start from, (B, …)
     *,
-    seeds=None,  # one for each sample: its noise no longer depends on its neighbours
+    seeds=None,  # one for each sample, whose noise then depends on its own seed only
     step_temperature=1.0,  # scales the noise of every step
     **walk,  # keywords of `reverse_walk`: cond, steps, spacing, start, clip
 ):
     """Ancestral sampling: each x is drawn from q(x_prev | x_t, x0) with the predicted x0. Yields `Step`s.
 
-    The last step has no noise.
+    The last step adds no noise.
 
-    Raises: ValueError, in the call itself, for seeds that are not one a sample, a negative temperature, or a
-    keyword out of range.
+    Raises: ValueError, in the call itself, for seeds that are not one for each sample, a negative
+    temperature, or a keyword out of range.
     Source: Ho et al. 2020, algorithm 2.
     """
     noise = _step_noise(x_T, seeds, step_temperature)
@@ -301,17 +307,17 @@ def ddim(
     process,  # the Diffusion that it was trained on
     x_T,  # the noise to start from, (B, …)
     *,
-    eta=0.0,  # fresh noise in the steps: 0 is deterministic, 1 has the posterior's variance
-    seeds=None,  # one for each sample: its noise no longer depends on its neighbours
+    eta=0.0,  # how much fresh noise: 0 is deterministic, 1 has the posterior's variance
+    seeds=None,  # one for each sample, whose noise then depends on its own seed only
     step_temperature=1.0,  # scales the noise of every step
     **walk,  # keywords of `reverse_walk`: cond, steps, spacing, start, clip
 ):
-    """The non-Markovian process that shares DDPM's marginals. Yields `Step`s.
+    """Sampling by a non-Markovian process that shares DDPM's marginals. Yields `Step`s.
 
     With `eta` 1 it is `ddpm` with the variance `fixed_small`.
 
-    Raises: ValueError, in the call itself, for eta outside [0, 1], seeds that are not one a sample, a
-    negative temperature, or a keyword out of range.
+    Raises: ValueError, in the call itself, for eta outside [0, 1], seeds that are not one for each
+    sample, a negative temperature, or a keyword out of range.
     Source: Song et al. 2021 (DDIM), equations 12 and 16.
     """
     if not 0 <= eta <= 1:
@@ -319,16 +325,16 @@ def ddim(
     noise = _step_noise(x_T, seeds, step_temperature)
 
     def update(now, t_prev):
-        eps = process.eps_from_x0(now.x0, now.x, now.t)  # from the clipped x0, so that the two agree on x_t
-        if eta == 0:
+        eps = process.eps_from_x0(now.x0, now.x, now.t)  # from the clipped x0, so that both make up x_t
+        if eta == 0:  # no fresh noise: none is drawn
             return process.add_noise(now.x0, eps, t_prev)
         abar = process.abar(now.t, eps)
         abar_prev = process.abar(t_prev, eps)
         _, _, posterior_variance = posterior_weights(abar, abar_prev)
         variance = eta**2 * posterior_variance  # σ² of equation 16
-        of_eps = (1 - abar_prev - variance).clamp(min=0).sqrt().to(eps.dtype)
+        eps_weight = (1 - abar_prev - variance).clamp(min=0).sqrt().to(eps.dtype)
         sigma = variance.clamp(min=0).sqrt().to(eps.dtype)
-        return process.signal(t_prev, eps) * now.x0 + of_eps * eps + sigma * noise()
+        return process.signal(t_prev, eps) * now.x0 + eps_weight * eps + sigma * noise()
 
     return reverse_walk(model, process, x_T, update, **walk)
 
@@ -339,16 +345,17 @@ def dpm_solver(model, process, x_T, *, seeds=None, **walk):
     Second order with one network call a step. Keywords are those of `reverse_walk`: cond, steps, spacing,
     start, clip. Nothing is drawn, so `seeds` change nothing.
 
-    Raises: ValueError, in the call itself, for seeds that are not one a sample, or a keyword out of
-    range.
+    Raises: ValueError, in the call itself, for seeds that are not one for each sample, or a keyword
+    out of range.
     Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
     """
     _check_seeds(seeds, len(x_T))
-    last_x0 = None  # of the step before
+    last_x0 = None  # x0 and λ of the step before; None in the first step
     last_lam = None
 
     def update(now, t_prev):
         nonlocal last_x0, last_lam
+        # λ = log(signal / noise), half the log-SNR, at both ends of the step
         lam_t = torch.logit(process.abar(now.t, now.x)) / 2
         lam_s = torch.logit(process.abar(t_prev, now.x)) / 2
         D = now.x0
@@ -365,21 +372,22 @@ def dpm_solver(model, process, x_T, *, seeds=None, **walk):
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-31
 def heun(model, process, x_T, *, seeds=None, **walk):
-    """DDIM's step, mended by half the change of x0 at its end. Yields `Step`s.
+    """DDIM's step, corrected by half the change of the predicted x0 along it. Yields `Step`s.
 
     Second order with 2·steps - 1 network calls. Keywords are those of `reverse_walk`: cond, steps,
     spacing, start, clip. Nothing is drawn, so `seeds` change nothing.
 
-    Raises: ValueError, in the call itself, for seeds that are not one a sample, or a keyword out of
-    range.
-    Source: Karras et al. 2022 (EDM), algorithm 1, without noise, but in the angle φ of Salimans and Ho
-    2022, appendix D, not in tan φ, which pure noise makes infinite.
+    Raises: ValueError, in the call itself, for seeds that are not one for each sample, or a keyword
+    out of range.
+    Source: Karras et al. 2022 (EDM), algorithm 1, without noise. Its variable is tan φ, infinite for pure
+    noise; here it is the angle φ (Salimans and Ho 2022, appendix D).
     """
     _check_seeds(seeds, len(x_T))
 
     def update(now, t_prev):
         eps = process.eps_from_x0(now.x0, now.x, now.t)
         guess = process.add_noise(now.x0, eps, t_prev)
+        # with signal = cos φ and noise = sin φ, at the step's start t and its end s = t_prev
         cos_t = process.signal(now.t, guess)
         sin_t = process.noise(now.t, guess)
         cos_s = process.signal(t_prev, guess)
@@ -414,8 +422,8 @@ def ddim_invert(
 ):
     """DDIM upwards: from images `x0` to the x_T that `ddim` leads back to them. Yields `Step`s.
 
-    The last one's x is x_T. A step takes the eps of its lower end for that of its upper one. Nothing is
-    clipped; walk back with `clip=False`.
+    In the last step x is x_T. Each step uses the eps predicted at its lower end in place of the one at its
+    upper end. Nothing is clipped; walk back with `clip=False`.
 
     Raises: ValueError, in the call itself, for an unknown spacing, steps outside 1 … T, or corrections
     below 0.
@@ -434,14 +442,14 @@ def _walk_up(
     times,  # the noise levels to visit, rising
     corrections,  # how often each step is repeated
 ):
-    "Yields a `Step` to each of `times`, rising, from a clean image, which counts as t = -1."
+    "Yields a `Step` to each of `times`, which rise. It starts from clean images, which count as t = -1."
     for t, above in zip([-1, *times], times):
         below = x
         asked_at = max(t, times[0])  # no network knows t = -1: a clean image is shown as at the first level
         for _ in range(1 + corrections):
             now = denoise(x, asked_at)
             x = _step_up(process, below, t, above, now)
-            asked_at = above
+            asked_at = above  # corrections ask at the upper end
         yield Step(above, x, now.x0)
 
 

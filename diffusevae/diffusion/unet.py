@@ -301,10 +301,7 @@ class UNet(Denoiser):
         size,  # pixels of a side of the square images
         channels=1,  # of the images
         width=32,  # channels of the stem
-        multipliers=(
-            1,
-            2,
-        ),  # a level has width × multiplier channels, and half the resolution of the one above
+        multipliers=(1, 2),  # for each level, half as large as the one before: its channels over `width`
         blocks=1,  # residual blocks of a level on the way down; there is one more on the way up
         attention=(),  # resolutions in pixels that have attention, besides the lowest
         heads=1,  # number of heads of each attention
