@@ -121,9 +121,11 @@ class PerceptualLoss(nn.Module):
         self.features = features
         if isinstance(features, nn.Module):
             features.requires_grad_(False).eval()
-        self._held = []  # the distance; nn.Module does not look into a list, so it is no part of this module
-        if features != "lpips":
-            self.distance()
+        # empty, or the one distance once `distance()` has made it: nn.Module does not look into a list,
+        # so the distance is no part of this module
+        self._held = []
+        if features != "lpips":  # whose weights may have to be fetched, which waits for the first use
+            self.distance()  # makes and keeps it now, so that an unknown name fails here
 
     def distance(self):
         "The distance as a frozen module, which is made at the first call."

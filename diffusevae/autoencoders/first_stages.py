@@ -314,9 +314,10 @@ layout_patterns = {
 
 
 def published_name(name, levels):
-    """Our name of a tensor of any of the layouts here; what is in none stays as it is.
+    """The name in the published layout, which is that of `KLF`, of a tensor that a file calls `name`.
 
-    diffusers counts `up_blocks` from the other end, of `levels`.
+    The file may be of any layout in `layout_patterns`; a name of no layout is returned unchanged. diffusers
+    counts its `up_blocks` from the other end: block i of `levels` is the published block `levels` - 1 - i.
     """
     for pattern, replacement in layout_patterns.items():
         name = re.sub(pattern, replacement, name)

@@ -98,7 +98,9 @@ class Planar(Flow):
         super().__init__(dim, layers)
         self.w = nn.Parameter(F.normalize(torch.randn(layers, dim)))
         self.b = nn.Parameter(torch.randn(layers))
-        self.u = nn.Parameter(math.log(math.e - 1) * self.w.detach())  # where û = 0
+        # each layer starts as the identity: w·u is where softplus(w·u) = 1, which makes û = 0
+        inverse_softplus_of_1 = math.log(math.e - 1)
+        self.u = nn.Parameter(inverse_softplus_of_1 * self.w.detach())
 
     def constrained(self):
         "û `(layers, dim)` and the slope 1 + w·û `(layers,)`, which is positive whatever u and w are."
@@ -149,7 +151,8 @@ class Coupling(nn.Module):
 
     def __init__(self, dim, hidden, odd):
         super().__init__()
-        mask = ((torch.arange(dim) + odd) % 2).float()
+        places = torch.arange(dim)
+        mask = (places % 2 != odd).float()  # 1 where the coordinate is kept
         self.register_buffer("mask", mask, persistent=False)
         self.network = bounded_network(
             nn.Linear(dim, hidden),

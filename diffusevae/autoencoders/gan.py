@@ -384,9 +384,10 @@ class VAEGAN(AdversarialSystem):
         ]
 
     def step(self, batch, optimizers):
-        """One round: the encoder's `loss`, `distortion` in features and `kl`, and the decoder's `judgement`.
+        """One round of updates: the discriminator's, then the encoder's, then the decoder's.
 
-        They are in nats. With them, the discriminator's loss, and its mean D(x) and D(G(z)).
+        Returns a dict, in nats: the encoder's `loss`, its `distortion` in features and its `kl`, the
+        decoder's `judgement`, and the discriminator's loss, with its mean D(x) and D(G(z)).
         """
         x = batch.x
         check_images(self, x)

@@ -55,10 +55,11 @@ def regression_targets(factors):
 
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-10
 def factors_of(shape, numbers, direction):
-    """Factors `(N, 7)` from what a network says of them: `regression_targets` undone.
+    """Factors `(N, 7)` from a network's outputs: the inverse of `regression_targets`.
 
-    That is the shape's index `(N,)`, `numeric_factors` standardised `(N, 5)` and directions of any length
-    `(N, 2)`. The rotation comes out in ±180° / m.
+    `shape` `(N,)` is the shape's index, `numbers` `(N, 5)` the standardised `numeric_factors`. `direction`
+    `(N, 2)`, of any length, points at m times the rotation, m the order of the shape's symmetry. So the
+    rotation comes out within ±180° / m.
     """
     mean, deviation = _scale(numeric_factors, numbers)
     m_theta = torch.atan2(direction[:, 1], direction[:, 0]).rad2deg()
