@@ -28,9 +28,10 @@ def check_images(model, x):
 
 
 def check_levels(size, levels, attention=()):
-    """Raises ValueError unless `size` can be halved `levels` times and passes each resolution of `attention`.
+    """Raises ValueError unless `size` can be halved `levels` times and `attention` fits that.
 
-    All three are in pixels of a side, the halved resolutions are size/2, size/4, ….
+    `size` and `attention` are in pixels of a side. Those of `attention` must be among the halved resolutions,
+    size/2, size/4, … size/2^levels.
     """
     if levels < 1 or size % 2**levels:
         multiple = 2 ** max(levels, 1)
@@ -47,7 +48,7 @@ def check_levels(size, levels, attention=()):
 
 
 def _attend(channels, resolution, attention):
-    "The layers to add at this resolution: one self-attention if it is among those of `attention`, or none."
+    "A list of the layers to add at `resolution`: a self-attention if `attention` names it, otherwise none."
     return [SelfAttention(channels)] if resolution in attention else []
 
 # %% ../../nbs/3_autoencoders/01_autoencoder.ipynb #autoencoder-09
@@ -68,6 +69,7 @@ class AutoEncoder(nn.Module):
         self.size = size
         self.channels = channels
         self.code_shape = (2 * width, size // 4, size // 4)
+        # made before the convolutions, the deeper one first: the order decides which weights a seed gives
         attention_at_quarter = _attend(2 * width, size // 4, attention)
         attention_at_half = _attend(width, size // 2, attention)
         self.encoder = nn.Sequential(
@@ -260,8 +262,8 @@ def _parse_words(text, pattern, example):
 def parse_blocks(text):
     """A block string as a list of (resolution, operation, number).
 
-    `"32x7,32d2"` is `[(32, "x", 7), (32, "d", 2)]`. `x` repeats blocks, `d` pools, `u` up-samples, `t`
-    changes to the channels of another resolution.
+    `"32x7,32d2"` is `[(32, "x", 7), (32, "d", 2)]`. The number is that of the blocks in a row for `x`, the
+    factor of pooling for `d` and of up-sampling for `u`; `t` changes to the channels of that resolution.
 
     Raises: ValueError that names the word that cannot be read.
     Source: Child 2021, Pandey et al. 2022 (their code).
@@ -282,8 +284,9 @@ def parse_channels(text):
 
 # %% ../../nbs/3_autoencoders/01_autoencoder.ipynb #autoencoder-40
 class Bottleneck(nn.Module):
-    """Four convolutions, the middle two at half the width, each after a GELU, added to x; then pooled.
+    """A residual block of four convolutions, each after a GELU, whose sum with x is pooled at the end.
 
+    The middle two have a kernel of `kernel` pixels and half the channels. The block maps
     `(B, C, H, W)` to `(B, C, H/pool, W/pool)`. `kernel=1` is for features of one pixel.
 
     Source: Child 2021, figure 3; Pandey et al. 2022.
@@ -292,6 +295,7 @@ class Bottleneck(nn.Module):
     def __init__(self, channels, kernel=3, pool=1):
         super().__init__()
         half = channels // 2
+        # `c4` is made before `c2`: the order decides which weights a seed gives
         self.c1 = nn.Conv2d(channels, half, kernel_size=1)
         self.c4 = nn.Conv2d(half, channels, kernel_size=1)
         self.c2 = nn.Conv2d(half, half, kernel, padding=kernel // 2)

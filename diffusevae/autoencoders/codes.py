@@ -67,7 +67,7 @@ line_methods = {"linear": torch.lerp, "spherical": slerp}
 def line_between(a, b, n, method="linear"):
     """`n` points from `a` to `b`, both of one shape (…) and both included: `(n, …)`.
 
-    The `method` is linear or spherical, of each end as one long vector.
+    The `method` is linear or spherical; both take each end as one long vector.
 
     Raises: ValueError for n < 2, for ends of two shapes, and for an unknown method.
     """
@@ -84,7 +84,7 @@ def line_between(a, b, n, method="linear"):
 
 
 def path_through(ends, n, method="linear"):
-    """From the first of `ends` `(k, …)` by way of the others to the last: `((k − 1)(n − 1) + 1, …)`.
+    """A path from the first of `ends` `(k, …)` through the others to the last: `((k − 1)(n − 1) + 1, …)`.
 
     There are `n` points from one end to the next, both included, and no end stands twice. The `method` is
     linear or spherical.
@@ -110,9 +110,9 @@ def fitted_codes(codes, n, generator=None):
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-active-units
 @torch.no_grad()
 def active_units(vae, x, threshold=0.01):
-    """Which latent dimensions are in use on images x, bool `(z_dim,)`.
+    """A mask of the latent dimensions that are in use on images x, bool `(z_dim,)`.
 
-    They are those whose posterior mean has a variance over the images above `threshold`.
+    These are the ones whose posterior mean has a variance over the images above `threshold`.
 
     Source: Burda et al. 2016, section 5.2.
     """
@@ -120,9 +120,9 @@ def active_units(vae, x, threshold=0.01):
 
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-energy-distance
 def energy_distance(x, y):
-    """2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖ ≥ 0 over all pairs of images or points `(N, …)` and `(M, …)`.
+    """The energy distance of images or points x `(N, …)` and y `(M, …)`, a scalar.
 
-    It is 0 for equal sets.
+    It is 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖ ≥ 0 over all pairs, and 0 for equal sets.
 
     Source: Székely and Rizzo 2013.
     """
@@ -152,10 +152,10 @@ def moment_kl(codes):
 
 @torch.no_grad()
 def aggregate_fit(codes, prior, seed=0, most=2000):
-    """How codes `(N, d)` fit a prior, a dict: `mean` and `variance`, both `(d,)`, `moment_kl` and `energy`.
+    """A dict that says how codes `(N, d)` fit a prior: `mean`, `variance`, `moment_kl` and `energy`.
 
-    `moment_kl` is the one to N(0, I); `energy` is the energy distance of up to `most` codes to as many
-    draws.
+    Mean and variance of the codes are `(d,)`. `moment_kl` compares them with N(0, I), whatever the prior is;
+    `energy` is the energy distance of up to `most` codes to as many draws from the prior.
     """
     torch.manual_seed(seed)
     chosen = torch.randperm(len(codes), device=codes.device)[:most]
@@ -182,6 +182,7 @@ def latent_map(codes, method="pca", seed=0):
     if method == "pca":
         projection = PCA(2, random_state=seed)
     else:
+        # scikit-learn looks at 3 · perplexity neighbours of each code, and there are only so many others
         perplexity = min(30.0, (len(codes) - 1) / 3)
         projection = TSNE(2, random_state=seed, perplexity=perplexity, init="pca")
     return projection.fit_transform(codes.detach().double().cpu().numpy())
@@ -209,8 +210,8 @@ def linear_probe(codes, labels, test_codes, test_labels):
 def latent_figures(vae, train_set, test_set, seed=0):
     """Plain numbers for a record: `probe` (None without labels), `moment_kl`, `energy` and `active_units`.
 
-    They are of codes drawn by `seed` for two ImageSets: the probe is fitted to the first, all is measured
-    on the second.
+    The codes are drawn by `seed` for two ImageSets. The probe is fitted to the first, and all four numbers
+    are measured on the second.
     """
     codes = codes_of(vae, train_set, seed)
     held_out = codes_of(vae, test_set, seed)

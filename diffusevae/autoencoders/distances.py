@@ -28,7 +28,7 @@ def check_pair(x_hat, x):
 
 # %% ../../nbs/3_autoencoders/06_distances.ipynb #distances-first-stages-06
 class FeatureMaps(nn.Sequential):
-    """A row of layers that returns what stands behind each ReLU, SiLU or residual block.
+    """A row of layers that returns the output of each ReLU, SiLU and residual block in it.
 
     Images `(B, C, H, W)` become a list of maps, each `(B, c, h, w)` with its own c, h and w.
     """
@@ -43,7 +43,9 @@ class FeatureMaps(nn.Sequential):
 
 
 class Perceptual(nn.Module):
-    """d(x̂, x), `(B,)`, by `features`: a module from images to a list of feature maps, frozen here.
+    """The distance d(x̂, x) `(B,)` between the feature maps of two batches of images.
+
+    `features` is a module from images to a list of feature maps. It is frozen here.
 
     Source: Zhang et al. 2018, equation 1, with w = 1.
     """
@@ -81,9 +83,10 @@ def feature_maps_of(model):
 
 # %% ../../nbs/3_autoencoders/06_distances.ipynb #distances-first-stages-08
 def perceptual_distance(features):
-    """The distance `digits`, by the maps of our digit classifier, or `lpips`, torchmetrics' with VGG.
+    """A module that returns the perceptual distance of x̂ and x; `features` is `digits` or `lpips`.
 
-    It is a module of (x̂, x). `digits` takes grey images and returns `(B,)`, `lpips` returns `(B, 1, 1, 1)`.
+    `digits` uses the feature maps of our digit classifier, takes grey images and returns `(B,)`. `lpips` is
+    torchmetrics' distance with VGG, and returns `(B, 1, 1, 1)`.
 
     Raises: ValueError for another name; RuntimeError without VGG's weights.
     Source: Zhang et al. 2018.
@@ -105,9 +108,10 @@ def perceptual_distance(features):
 # %% ../../nbs/3_autoencoders/06_distances.ipynb #distances-losses-11
 @configured
 class PerceptualLoss(nn.Module):
-    """d(x̂, x) `(B,)` by `features`: a shipped model's name, `digits` (the classifier), `lpips`, or a module.
+    """The perceptual distance d(x̂, x) `(B,)` between the feature maps of a frozen model.
 
-    The features are frozen. A model that is given as a module is saved with this term, one by name is not.
+    `features` is the name of a shipped model, `digits` for our classifier, `lpips`, or a model as a module.
+    A module is saved with this term; a model that is given by its name is not.
 
     Raises: ValueError for an unknown name, for a model without a row of layers, and in use for images of
     another number of channels; RuntimeError without LPIPS's weights.
@@ -166,7 +170,7 @@ published_exponents = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def scales_for(size):
-    """For MS-SSIM of images of `size` pixels: the exponents of its scales, of sum 1, and the windows' σ.
+    """The exponents of the scales, a tuple of sum 1, and the windows' σ for MS-SSIM of `size` pixels a side.
 
     There are as many scales as leave 8 pixels at the coarsest.
     Raises: ValueError below 8 pixels.
@@ -175,15 +179,17 @@ def scales_for(size):
         raise ValueError(f"MS-SSIM needs images of at least 8 pixels, got {size}; use another term")
     halvings = int(math.log2(size / 8))
     exponents = published_exponents[: halvings + 1]
+    # σ = 1.5 is published; its window of 11 pixels fits five scales from 11 · 2^4 = 176 pixels on
+    # below that σ = 0.8, whose window has 7 pixels and fits the coarsest scale's 8
     sigma = 1.5 if size >= 176 else 0.8
     return tuple(v / sum(exponents) for v in exponents), sigma
 
 
 @configured
 class MultiscaleSSIM(nn.Module):
-    """1 − MS-SSIM `(B,)`, each factor v as (1 + v)/2, by torchmetrics.
+    """The loss 1 − MS-SSIM `(B,)`, where each factor v of the product is taken as (1 + v)/2.
 
-    `scales_for` gives scales and windows for the shorter side.
+    torchmetrics computes it, and `scales_for` gives scales and windows for the shorter side.
 
     Raises: ValueError for shapes that differ, and for images below 8 pixels.
     Source: Wang et al. 2003, equation 7.
@@ -197,7 +203,7 @@ class MultiscaleSSIM(nn.Module):
     def forward(self, x_hat, x):
         check_pair(x_hat, x)
         exponents, sigma = scales_for(min(x.shape[2:]))
-        window = 2 * int(3.5 * sigma + 0.5) + 1  # pixels
+        window = 2 * int(3.5 * sigma + 0.5) + 1  # pixels; torchmetrics derives the same from σ
         similarity = ms_ssim(
             x_hat.float(),
             x.float(),
@@ -213,10 +219,10 @@ class MultiscaleSSIM(nn.Module):
 # %% ../../nbs/3_autoencoders/06_distances.ipynb #distances-losses-20
 @configured
 class FocalFrequency(nn.Module):
-    """Σ w |F(x̂ − x)|² over frequencies, `(B,)`, a mean over pixels and channels.
+    """The focal frequency loss `(B,)`: the mean of w |F(x̂ − x)|² over frequencies and channels.
 
-    The weight w is |F(x̂ − x)|^`alpha`, divided by the largest of its channel, and has no gradient; `alpha` 0
-    weighs all frequencies alike.
+    The weight w is |F(x̂ − x)|^`alpha`, divided by the largest in its image and channel, and has no gradient.
+    An `alpha` of 0 weighs all frequencies alike.
 
     Raises: ValueError for a negative alpha, and in use for shapes that differ.
     Source: Jiang et al. 2021, section 3.3, with the orthonormal transform of their code.

@@ -28,7 +28,9 @@ from ..core.parameters import at_least, choice
 
 # %% ../../nbs/3_autoencoders/12_first_stages.ipynb #first-stages-14
 def adaptive_weight(reconstruction, adversarial, last):
-    """λ, a detached scalar up to 10,000: the ratio of both losses' gradient norms at the weight `last`.
+    """The weight λ = ‖∇ reconstruction‖ / ‖∇ adversarial‖, with gradients at `last`, a layer's weight.
+
+    It is a detached scalar, at most 10,000.
 
     Source: Esser et al. 2021, equation 7, δ = 1e-6.
     """
@@ -51,7 +53,7 @@ class GaussianStage(FirstStage):
         """
         check_images(self, x)
         parameters = self.quant_conv(self.encoder(x)).to(x.dtype)
-        return normal_from_parameters(parameters, -30, 20)
+        return normal_from_parameters(parameters, -30, 20)  # the published bounds of the log-variance
 
     def decode(self, z):
         "x̂ of unscaled latents: `(B, C, size, size)`."
@@ -133,7 +135,7 @@ class KLAutoEncoder(GaussianStage):
         return self.distances[0]
 
     def terms(self, x):
-        "The loss without the critic, with what it is made of, and x̂ of a draw: `(dict, x̂)`."
+        "The loss without the critic and its parts, as a dict, and x̂ of a code drawn from q(z | x)."
         q = self.encode(x)
         x_hat = self.decode(q.rsample())
         reconstruction = (x_hat - x).abs().pow(self.norm).mean()
@@ -146,15 +148,15 @@ class KLAutoEncoder(GaussianStage):
         return {"loss": loss, **parts}, x_hat
 
     def loss(self, batch):
-        """Squared (`norm` 1: absolute) error + perceptual + KL; the critic has no say.
+        """A dict of the loss, squared (`norm` 1: absolute) error + perceptual + KL, and of its parts.
 
-        Each is a mean, that of the KL in nats over the latent's numbers.
+        The critic is left out. Each part is a mean, the KL in nats one over the latent's numbers.
         """
         terms, _ = self.terms(batch.x)
         return terms
 
     def _optimizers_of_both(self, settings):
-        "One for the autoencoder, one for its critic, at the same learning rate."
+        "Two optimizers, the autoencoder's and its critic's, at the same learning rate."
         named = list(self.named_parameters())
         autoencoder = [p for name, p in named if not name.startswith("critic.")]
         return [
@@ -163,19 +165,24 @@ class KLAutoEncoder(GaussianStage):
         ]
 
     def _step_of_both(self, batch, optimizers):
-        "One step of the autoencoder and, after `start` steps, of its critic with the hinge loss: all terms."
+        """One step of the autoencoder and, after `start` steps, one of its critic with the hinge loss.
+
+        It returns a dict of all terms. Its "loss" leaves out the critic's part, which the step
+        minimises with it: "weight" · "fooling".
+        """
         of_autoencoder, of_critic = optimizers
-        playing = self.steps >= self.start
+        with_critic = self.steps >= self.start
         terms, x_hat = self.terms(batch.x)
         total = terms["loss"]
-        if playing:
+        if with_critic:
             terms["fooling"] = hinge_g(self.critic(x_hat))
+            # the ratio is taken at the last weight before x̂, where both gradients are cheap and comparable
             convolutions = [m for m in self.decoder.modules() if isinstance(m, nn.Conv2d)]
             ratio = adaptive_weight(total, terms["fooling"], convolutions[-1].weight)
             terms["weight"] = self.adversarial * ratio
             total = total + terms["weight"] * terms["fooling"]
         descend(of_autoencoder, total)
-        if playing:
+        if with_critic:
             both = torch.cat([batch.x, x_hat.detach()])
             real, fake = self.critic(both).chunk(2)
             terms["critic"] = hinge_d(real, fake)
@@ -185,12 +192,12 @@ class KLAutoEncoder(GaussianStage):
 
 # %% ../../nbs/3_autoencoders/12_first_stages.ipynb #first-stages-34
 def _named(**layers):
-    "A row of layers with names in place of numbers."
+    "An `nn.Sequential` of layers with names in place of numbers."
     return nn.Sequential(OrderedDict(layers))
 
 
 def _level(c_in, c_out, blocks):
-    "`blocks` residual blocks, the first of which changes the number of channels."
+    "A level of `blocks` residual blocks, the first of which changes the number of channels."
     row = [ResidualBlock(c_in, c_out)]
     for _ in range(blocks - 1):
         row.append(ResidualBlock(c_out, c_out))
@@ -291,6 +298,7 @@ class KLF(GaussianStage):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=1)
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
+                # as published; `group_norm` chooses other ones
                 module.num_groups = 32
                 module.eps = 1e-6
         self.to(memory_format=torch.channels_last)
@@ -322,8 +330,8 @@ def published_name(name, levels):
     for pattern, replacement in layout_patterns.items():
         name = re.sub(pattern, replacement, name)
 
-    def from_the_other_end(found):
-        return f".up.{levels - 1 - int(found[1])}."
+    def from_the_other_end(match):
+        return f".up.{levels - 1 - int(match[1])}."
 
     return re.sub(r"\.up_blocks\.(\d+)\.", from_the_other_end, name)
 
@@ -370,18 +378,19 @@ def joined_qkv(tensors):
 
 
 def load_published(model, path):
-    """Load a file of any of the layouts into a `KLF`; `scale` is unset.
+    """Load a file of any of the published layouts into a `KLF`, whose `scale` is unset afterwards.
 
-    Returns the names in the file that are of no use here.
-    Raises: FileNotFoundError where there is no file; ValueError for a file without plain tensors, and one
-    that names the first tensors that are missing, unknown or of another shape. The model stays as it was.
+    It returns the names of the file's tensors that are of no use here, in our spelling.
+    Raises: FileNotFoundError where there is no file; ValueError for a file without plain tensors, or with
+    tensors that are missing, unknown or of another shape, the first of which it names. Then the model stays
+    as it was.
     """
     levels = len(model.widths)
-    found = {published_name(name, levels): value for name, value in read_tensors(path).items()}
-    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    ours = {name: value for name, value in found.items() if name.startswith(parts)}
+    renamed = {published_name(name, levels): value for name, value in read_tensors(path).items()}
+    prefixes = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    ours = {name: value for name, value in renamed.items() if name.startswith(prefixes)}
     for name, value in ours.items():
         if value.ndim == 2:  # linear layers are 1 × 1 convolutions here
             ours[name] = value[:, :, None, None]
     restore(model, {**joined_qkv(ours), "scale": torch.zeros_like(model.scale)}, path)
-    return sorted(name for name in found if not name.startswith(parts))
+    return sorted(name for name in renamed if not name.startswith(prefixes))

@@ -21,7 +21,7 @@ class Flow(nn.Module):
     """Invertible layers in a row, over codes of size `dim`.
 
     `forward(z)` gives z' `(B, dim)` and log|det ∂z'/∂z| `(B,)` of codes z `(B, dim)`; `inverse(z')` gives z
-    and the log-determinant of the way back. The layers stand in `maps`, and have both directions, too.
+    and the log-determinant of the way back. The layers are in `maps`, and have the same two methods.
 
     Raises: ValueError for fewer than `least` dimensions, no layers, or codes of another size.
     Source: Rezende and Mohamed 2015, equation 7.
@@ -47,9 +47,9 @@ class Flow(nn.Module):
             )
 
     def steps(self, z, *h):
-        """A generator of z `(B, dim)` after each layer, and log|det| `(B,)` of this layer alone.
+        """Yields for each layer the pair of z `(B, dim)` after that layer and its own log|det| `(B,)`.
 
-        `h` `(B, context)` is the context of each code, for flows that have one.
+        Flows with a context take it as `h`, `(B, context)`, for each code.
         """
         for layer in self.maps:
             z, log_det = layer(z, *h)
@@ -88,7 +88,7 @@ def planar_root(y, k, halvings=60):
 # %% ../../nbs/3_autoencoders/07_flows.ipynb #flows-13
 @configured
 class Planar(Flow):
-    """z + û tanh(w·z + b), `layers` times. `inverse` is numerical and carries no gradient.
+    """A flow of `layers` planar maps z + û tanh(w·z + b). `inverse` is numerical and carries no gradient.
 
     Raises: ValueError for dim or layers below 1, and for codes of another size.
     Source: Rezende and Mohamed 2015, equations 10 to 12 and appendix A.1.
@@ -106,7 +106,7 @@ class Planar(Flow):
         "û `(layers, dim)` and the slope 1 + w·û `(layers,)`, which is positive whatever u and w are."
         w_squared = self.w.square().sum(1)
         wu = (self.w * self.u).sum(1)
-        slope = F.softplus(wu).clamp(min=1e-6)  # 1 + m(w·u)
+        slope = F.softplus(wu).clamp(min=1e-6)  # 1 + m(w·u), where m(a) = softplus(a) − 1
         slope = torch.where(w_squared > 0, slope, 1.0)  # without a direction w nothing can fold
         along_w = (slope - 1 - wu) / w_squared.clamp(min=1e-30)  # (m(w·u) − w·u) / ‖w‖²
         return self.u + along_w[:, None] * self.w, slope
@@ -115,6 +115,7 @@ class Planar(Flow):
         for w, b, u, slope in zip(self.w, self.b, *self.constrained()):
             h = torch.tanh((z * w).sum(1) + b)  # no matrix product: mixed precision leaves it alone
             z = z + u * h[:, None]
+            # 1 + (1 − h²) w·û, which the slope 1 + w·û turns into a sum of two positive terms
             det = h.square() + (1 - h.square()) * slope
             yield z, det.abs().log()
 
@@ -123,6 +124,7 @@ class Planar(Flow):
         self.check(z)
         layers = list(zip(self.w, self.b, *self.constrained()))
         for w, b, u, slope in reversed(layers):
+            # a is w·z + b for the z before the map
             a = planar_root((z * w).sum(1) + b, slope - 1)
             z = z - u * a.tanh()[:, None]
         _, log_det = self(z)
@@ -190,8 +192,8 @@ class RealNVP(Flow):
 class MaskedLinear(nn.Linear):
     """A linear layer in which a weight from a unit of degree j to one of degree i survives if i ≥ j.
 
-    If it is `strict`, only where i > j. Degrees are given as integers, `before` `(inputs,)` and `after`
-    `(outputs,)`.
+    In a `strict` layer it survives only if i > j. The degrees are integers: `before` `(inputs,)` has those of
+    the inputs, `after` `(outputs,)` those of the outputs.
     """
 
     def __init__(self, before, after, strict=False):
@@ -206,7 +208,7 @@ class MaskedLinear(nn.Linear):
 def masked_network(dim, hidden, context=0):
     """A network `(B, context + dim) -> (B, 2 dim)` whose outputs i and dim + i see the inputs before i only.
 
-    All of them see the context, which stands in front. It is zero to begin with.
+    All outputs see the context, which comes first in the input. They are zero to begin with.
 
     Source: Germain et al. 2015, equations 8 and 9.
     """
@@ -237,11 +239,12 @@ class Autoregressive(nn.Module):
     def inverse(self, z, *h):
         target = z.flip(1)
         z = torch.zeros_like(z)
-        place = torch.arange(z.shape[1], device=z.device)
-        for i in place:
+        coordinates = torch.arange(z.shape[1], device=z.device)
+        for i in coordinates:
             log_scale, shift = scale_and_shift(self.network, torch.cat([*h, z], dim=1))
             solved = (target - shift) * (-log_scale).exp()
-            z = torch.where(place <= i, solved, 0.0)  # what is not known yet must not grow beyond bounds
+            # coordinates up to i are right by now; the others stay 0, lest wrong values grow beyond bounds
+            z = torch.where(coordinates <= i, solved, 0.0)
         return z, -log_scale.sum(1)
 
 
@@ -249,8 +252,8 @@ class Autoregressive(nn.Module):
 class IAF(Flow):
     """Affine autoregressive maps by masked networks, with the coordinates reversed after each.
 
-    They cost one pass forward, and `dim` passes a layer back. With `context`, each layer is given as many
-    numbers besides, `forward(z, h)`: what an encoder gives for the image.
+    A layer takes one pass forward, and `dim` passes back. With a `context` above 0 the flow is called as
+    `forward(z, h)`, where h `(B, context)` is what an encoder gives for the image; each layer sees it.
 
     Raises: ValueError for dim below 2, layers below 1, and for codes of another size.
     Source: Kingma et al. 2016, section 4; the scale is a bounded exponential here, not their gate.

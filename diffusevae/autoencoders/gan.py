@@ -23,7 +23,9 @@ from ..core.parameters import at_least, choice, positive
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-06
 def nonsaturating_d(real, fake, smoothing=1.0):
-    """−E[s log D(x) + (1 − s) log(1 − D(x))] − E log(1 − D(G(z))) of logits, in nats; s is `smoothing`.
+    """The discriminator's loss in nats, from its logits on real and on drawn images.
+
+    It is −E[s log D(x) + (1 − s) log(1 − D(x))] − E log(1 − D(G(z))), where s is `smoothing`.
 
     Source: Goodfellow et al. 2014, equation 1; Salimans et al. 2016, section 3.4.
     """
@@ -34,7 +36,7 @@ def nonsaturating_d(real, fake, smoothing=1.0):
 
 
 def nonsaturating_g(fake):
-    """−E log D(G(z)) of logits, in nats.
+    """The generator's loss −E log D(G(z)) in nats, from the logits on drawn images.
 
     Source: Goodfellow et al. 2014, section 3.
     """
@@ -42,7 +44,7 @@ def nonsaturating_g(fake):
 
 
 def hinge_d(real, fake):
-    """E max(0, 1 − D(x)) + E max(0, 1 + D(G(z))) of logits.
+    """The discriminator's hinge loss E max(0, 1 − D(x)) + E max(0, 1 + D(G(z))), where D gives logits.
 
     Source: Miyato et al. 2018, equation 16.
     """
@@ -50,7 +52,7 @@ def hinge_d(real, fake):
 
 
 def hinge_g(fake):
-    """−E D(G(z)) of logits.
+    """The generator's loss −E D(G(z)) against a hinge loss, where D gives logits.
 
     Source: Miyato et al. 2018, equation 17.
     """
@@ -58,7 +60,7 @@ def hinge_g(fake):
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-14
 def descend(optimizer, loss, retain_graph=False):
-    """One step of `optimizer` down `loss`; only its own parameters get a gradient.
+    """One step of `optimizer` down `loss`; only the parameters of `optimizer` get a gradient.
 
     `retain_graph` keeps the graph of the loss for another call that shares a part of it.
     """
@@ -147,9 +149,9 @@ def dense_pair(
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-30
 def _bounded(layer, dropout=0.0):
-    """A layer with its kernel's norm held at 1, then leaky ReLU and dropout, as a list.
+    """A list of `layer`, whose kernel's norm is held at 1, a leaky ReLU and dropout.
 
-    It lengthens no difference, but for the overlaps of a convolution's windows.
+    Together they lengthen no difference between inputs, but for the overlaps of a convolution's windows.
     """
     return [spectral_norm(layer), nn.LeakyReLU(0.2), nn.Dropout(dropout)]
 
@@ -198,6 +200,7 @@ class PatchDiscriminator(Discriminator):
             body += _bounded(nn.Conv2d(c_in, c_out, kernel_size=4, stride=stride, padding=1))
         head = spectral_norm(nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))
         super().__init__(nn.Sequential(*body), head)
+        # pixels: `layers` halvings leave 3, and the last two convolutions take off one each
         self.least = 3 * 2**layers
         self.to(memory_format=torch.channels_last)
 
@@ -210,12 +213,13 @@ class PatchDiscriminator(Discriminator):
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-37
 def adversarial_adam(parameters, settings, ratio=1.0):
-    """AdamW, β = (0.5, 0.999), at `ratio` times the learning rate of the `Settings`.
+    """An AdamW optimizer with β = (0.5, 0.999), at `ratio` times the learning rate of the `Settings`.
 
-    Their `clip` has no effect.
+    The `clip` of the settings has no effect.
 
     Source: Radford et al. 2016, section 4.
     """
+    # the training loop sets the rate anew in each step, and multiplies it by `lr_scale`
     group = {"params": list(parameters), "lr_scale": ratio}
     return torch.optim.AdamW(
         [group], lr=settings.lr * ratio, weight_decay=settings.weight_decay, betas=(0.5, 0.999), fused=True
@@ -234,12 +238,12 @@ class AdversarialSystem(nn.Module):
             raise ValueError(f"smoothing must lie in (0.5, 1], got {smoothing}")
         positive(lr_ratio=lr_ratio)
         self.smoothing = smoothing  # s, the target of real images
-        self.lr_ratio = lr_ratio  # the discriminator's learning rate by the generator's
+        self.lr_ratio = lr_ratio  # the discriminator's learning rate divided by the generator's
 
     def discriminator_terms(self, x, fake):
         "The discriminator's loss on real and drawn images, and its mean D(x) and D(G(z)), as a dict."
         both = torch.cat([x, fake.detach()])
-        logits = self.discriminator(both)  # one pass: one power iteration
+        logits = self.discriminator(both)  # one pass for both, as each is a power iteration
         on_real, on_fake = logits.split([len(x), len(fake)])
         return {
             "discriminator": nonsaturating_d(on_real, on_fake, self.smoothing),
@@ -248,9 +252,10 @@ class AdversarialSystem(nn.Module):
         }
 
     def loss(self, batch):
-        """For validation only: `loss` is the energy distance, in pixels, of the batch and as many samples.
+        """A dict for validation only, whose `loss` is the energy distance of the batch and as many samples.
 
-        With it, the discriminator's loss on both, and its mean D(x) and D(G(z)).
+        The distance is taken between pixels. The dict also has the discriminator's loss on the batch and the
+        samples, and its mean D(x) and D(G(z)).
         """
         check_images(self, batch.x)
         fake = self.decode(self.prior.sample(len(batch.x)))
@@ -285,7 +290,7 @@ class GAN(AdversarialSystem):
         attention=(),  # dcgan: the resolutions, in pixels, that get self-attention
         dropout=0.0,  # of the discriminator
         smoothing=0.9,  # s, the target of real images, in (0.5, 1]
-        lr_ratio=4.0,  # the discriminator's learning rate by the generator's
+        lr_ratio=4.0,  # the discriminator's learning rate divided by the generator's
     ):
         super().__init__(smoothing, lr_ratio)
         choice("kind", kind, ("dense", "dcgan"))
@@ -311,16 +316,17 @@ class GAN(AdversarialSystem):
         return self.generator(z).to(z.dtype)
 
     def optimizers(self, settings):
-        "The generator's at the settings' learning rate, the discriminator's at `lr_ratio` times it."
+        "Two optimizers: the generator's at the settings' rate, the discriminator's at `lr_ratio` times that."
         return [
             adversarial_adam(self.generator.parameters(), settings),
             adversarial_adam(self.discriminator.parameters(), settings, self.lr_ratio),
         ]
 
     def step(self, batch, optimizers):
-        """One round, discriminator first: its loss and the generator's, `loss`, in nats.
+        """One round: a step of the discriminator, then one of the generator.
 
-        With them, the mean D(x) and D(G(z)) before the round.
+        It returns the generator's `loss` and the discriminator's, in nats, and the mean D(x) and D(G(z))
+        before the round.
         """
         check_images(self, batch.x)
         of_generator, of_discriminator = optimizers
@@ -356,7 +362,7 @@ class VAEGAN(AdversarialSystem):
         sigma=0.5,  # σ of the likelihood of features
         gamma=0.05,  # γ, the reconstruction's weight in the decoder's loss, where the judgement weighs 1
         smoothing=0.9,  # s, the target of real images, in (0.5, 1]
-        lr_ratio=4.0,  # the discriminator's learning rate by the others'
+        lr_ratio=4.0,  # the discriminator's learning rate divided by the others'
     ):
         super().__init__(smoothing, lr_ratio)
         positive(sigma=sigma)
@@ -371,7 +377,7 @@ class VAEGAN(AdversarialSystem):
         return getattr(self.vae, name) if name in _of_the_vae else super().__getattr__(name)
 
     def optimizers(self, settings):
-        """Of the encoder, of the decoder, and of the discriminator at `lr_ratio` times their rate.
+        """Three optimizers: of encoder and decoder, and of the discriminator at `lr_ratio` times their rate.
 
         A flow or a prior that learns goes with the encoder.
         """
@@ -407,7 +413,7 @@ class VAEGAN(AdversarialSystem):
         judgement = nonsaturating_g(self.discriminator.head(of_drawn).float())
         kl = self.vae.kl(q, z, log_q).mean(0)  # of each dimension
         loss, more = self.vae.objective(distortion, kl)
-        descend(of_encoder, loss, retain_graph=True)
+        descend(of_encoder, loss, retain_graph=True)  # the decoder's loss needs the distortion's graph, too
         descend(of_decoder, self.gamma * distortion + judgement)
         return {
             "loss": loss,

@@ -42,7 +42,7 @@ class TopLevel(nn.Module):
         self.z_dim = z_dim
 
     def prior(self, h):
-        "N(0, I) over `(B, z_dim)` for each of a batch `h` of anything."
+        "N(0, I) over `(B, z_dim)`; of `h` only the length B and the device matter."
         mean_and_logvar = torch.zeros(len(h), 2 * self.z_dim, device=h.device)
         return normal_from_parameters(mean_and_logvar)
 
@@ -51,14 +51,15 @@ class TopLevel(nn.Module):
         return normal_from_parameters(self.q(features).float())
 
     def forward(self, h, z):
-        "The first state, `(B, width, low, low)`."
+        "The first state, `(B, width, low, low)`, which depends on the code z alone."
         return self.open(z)
 
 # %% ../../nbs/3_autoencoders/09_hierarchical.ipynb #hierarchical-07
 class CodeLevel(nn.Module):
     """A level below the top: its code has `z_channels` maps, its state h has `width` maps of the same size.
 
-    It has three parts: what it expects of its code, what the code should be, and how the code enters h.
+    Its layers are of three kinds: `p` gives the prior of the code, `q` the posterior, and the others bring
+    the code into h.
     """
 
     def __init__(self, width, z_channels, attention=False):
@@ -125,12 +126,12 @@ class TopDown(nn.Module):
         self.register_buffer("blank", torch.zeros(1), persistent=False)
 
     def walk(self, n, choose):
-        """From the top down: (p, z, h) of each level for `n` codes.
+        """Yields (p, z, h) of each level, from the top down, for a batch of `n` codes.
 
         `choose(i, h, p)` gives the code z of level i, 0 for the top, from the state h above it and the prior
         p. The h that is yielded is the state with z in it.
         """
-        h = self.blank.expand(n)
+        h = self.blank.expand(n)  # there is no state yet; the top needs its length and device
         for i, (level, up) in enumerate(zip(self.levels, self.ups)):
             h = up(h)
             p = level.prior(h)
@@ -139,26 +140,26 @@ class TopDown(nn.Module):
             yield p, z, h
 
     def parts(self, z):
-        "The levels' codes, in their shapes, of flat codes `(B, dim)`."
-        flat = z.split(self.sizes, dim=1)
-        return [v.reshape(-1, *shape) for v, shape in zip(flat, self.shapes)]
+        "Split flat codes `(B, dim)` into one code per level, each in its level's shape."
+        pieces = z.split(self.sizes, dim=1)
+        return [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.shapes)]
 
     def walk_through(self, z):
-        "The walk, as a list, on which the codes are those of flat codes `(B, dim)`."
+        "A list of (p, z, h) of each level, where the levels' codes z are the parts of flat codes `(B, dim)`."
         parts = self.parts(z)
 
-        def given(i, h, p):
+        def part_of_level(i, h, p):
             return parts[i]
 
-        return list(self.walk(len(z), given))
+        return list(self.walk(len(z), part_of_level))
 
     def sample(self, n):
         "`n` codes, `(n, dim)`."
 
-        def drawn(i, h, p):
+        def draw(i, h, p):
             return p.sample()
 
-        codes = [z.flatten(1) for _, z, _ in self.walk(n, drawn)]
+        codes = [z.flatten(1) for _, z, _ in self.walk(n, draw)]
         return torch.cat(codes, dim=1)
 
     def log_prob(self, z):
@@ -185,6 +186,7 @@ class TopDownPosterior(Distribution):
             posteriors.append(q)
             return choose(i, q)
 
+        # the list makes the whole walk, which fills `posteriors`
         steps = list(self.prior.walk(len(self.features[0]), from_posterior))
         return [(q, p, z) for q, (p, z, _) in zip(posteriors, steps)]
 
@@ -291,7 +293,7 @@ class HierarchicalVAE(VAEBase):
         return self.head(h).to(z.dtype)
 
     def draw(self, x):
-        """q(z | x), a z from it and log q(z | x), in one walk: a distribution, `(B, z_dim)`, `(B,)`.
+        """Three things from one walk: q(z | x), codes z `(B, z_dim)` drawn from it, and log q(z | x) `(B,)`.
 
         The distribution also has the KL of each level in nats, `rates` `(B, L)`.
         """

@@ -34,10 +34,11 @@ class ScheduledWeight(nn.Module):
 
 
 class ScheduledBeta(ScheduledWeight):
-    """distortion + β(step) · rate; in evaluation the weight is `beta`. A subclass has `weight(step)`.
+    """The objective distortion + β(step) · rate. In evaluation mode the weight is `beta`.
 
-    Called with the distortion (a scalar) and the KL of each dimension `(d,)`, both in nats and means over
-    the batch. It returns the loss and a dict with the weight, `beta`, to be logged.
+    A subclass has `weight(step)`. The objective is called with the distortion (a scalar) and the KL of each
+    dimension `(d,)`, both in nats and means over the batch. It returns the loss and a dict with the
+    weight, `beta`, to be logged.
 
     Raises: ValueError for a beta that is not a finite number above 0.
     """
@@ -97,9 +98,9 @@ class Cyclical(ScheduledBeta):
 # %% ../../nbs/3_autoencoders/04_kl.ipynb #kl-11
 @configured
 class FreeBits(nn.Module):
-    """distortion + Σ_j max(`nats`, KL_j): the first `nats` of each dimension are free.
+    """The objective distortion + Σ_j max(`nats`, KL_j): the first `nats` of each dimension are free.
 
-    In evaluation it is the plain negative ELBO.
+    In evaluation mode it is the plain negative ELBO.
 
     Raises: ValueError for a number of nats that is not finite and above 0.
     Source: Kingma et al. 2016, equation 15, with a dimension as its group.
@@ -117,9 +118,10 @@ class FreeBits(nn.Module):
 # %% ../../nbs/3_autoencoders/04_kl.ipynb #kl-14
 @configured
 class Adaptive(nn.Module):
-    """distortion + β · rate with a β that moves until `of` meets its `target`; the other one is minimised.
+    """The objective distortion + β · rate, with a β that moves until one of the two meets a `target`.
 
-    In proportion to the miss, averaged over some ten steps, log β rises or falls.
+    `of` says which one; the other is minimised. In each training step log β moves in proportion to the miss,
+    averaged over some ten steps. In evaluation mode the loss is the other one + 10 max(miss, 0).
 
     Raises: ValueError for another `of`, for a speed or slack that is not finite and above 0, or such a
     target of the rate.

@@ -50,7 +50,7 @@ def _flat_float(images):
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-10
 @configured
 class Gaussian(nn.Module):
-    """N(x̂, sigma² I) on images in [-1, 1], a density.
+    """The likelihood N(x̂, sigma² I) of images in [-1, 1]. It is a density.
 
     Raises: ValueError for a sigma that is not a finite number above 0.
     Source: Kingma and Welling 2014, appendix C.2.
@@ -74,10 +74,10 @@ class Gaussian(nn.Module):
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-15
 @configured
 class Bernoulli(nn.Module):
-    """Each pixel is white with probability (x̂ + 1)/2: a mass on black-and-white images.
+    """The likelihood of black-and-white images whose pixels are white with probability (x̂ + 1)/2.
 
-    On grey pixels it is the cross-entropy, which is no normalised density. Probabilities stay `least` from
-    0 and 1, so that a pixel costs 14 nats at most.
+    It is a mass. On grey pixels it is the cross-entropy, which is no normalised density. Probabilities stay
+    `least` from 0 and 1, so that a pixel costs 14 nats at most.
 
     Source: Kingma and Welling 2014, appendix C.1.
     """
@@ -101,9 +101,9 @@ class Bernoulli(nn.Module):
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-20
 @configured
 class DiscretisedLogistic(nn.Module):
-    """Masses on the 256 levels of a byte: what a logistic distribution around x̂ puts into the bin of each.
+    """The likelihood of bytes: each of the 256 levels has the mass of a logistic distribution in its bin.
 
-    The outer two bins are open. `scale` is the logistic's, on [-1, 1].
+    The distribution lies around x̂. The outer two bins are open. `scale` is the logistic's, on [-1, 1].
 
     Raises: ValueError for a scale that is not a finite number above 0.
     Source: Salimans et al. 2017, equation 2, with one component.
@@ -127,6 +127,7 @@ class DiscretisedLogistic(nn.Module):
         b = (x - half_bin - x_hat) / self.scale  # the lower one
         darkest = x < -1 + half_bin
         brightest = x > 1 - half_bin
+        # the outer bins are open: S(a) is 1 for the brightest level, S(b) is 0 for the darkest
         # S(a) − S(b) = S(a) S(−b) (1 − exp(b − a)): no difference of nearly equal numbers
         log_S_a = torch.where(brightest, 0, F.logsigmoid(a))
         log_S_minus_b = torch.where(darkest, 0, F.logsigmoid(-b))

@@ -92,7 +92,7 @@ class MixturePrior(nn.Module):
         self.register_buffer("precisions", torch.zeros(components, dim, dim))
 
     def check(self, z, fitted=True):
-        "Raises ValueError unless z is `(n, dim)` and, where it must be `fitted`, before `fit` was called."
+        "Raises ValueError unless z is `(n, dim)`; if `fitted` is true, also as long as `fit` was not called."
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"this mixture takes codes of (n, {self.dim}), got {tuple(z.shape)}")
         if fitted and not self.weights.any():
@@ -101,7 +101,7 @@ class MixturePrior(nn.Module):
             )
 
     def fit(self, codes, seed=0):
-        """Fits it to codes `(n, dim)`, and returns itself.
+        """Fits the mixture to codes `(n, dim)`, and returns the mixture.
 
         Raises: ValueError for codes of another size, or fewer than dim + 1 codes a component.
         """
@@ -112,7 +112,7 @@ class MixturePrior(nn.Module):
     def sample(self, n):
         "`n` codes, `(n, dim)`, each of its own random component."
         z = torch.randn(n, self.dim, dtype=self.means.dtype, device=self.means.device)
-        self.check(z)
+        self.check(z)  # raises before `fit`
         component = torch.multinomial(self.weights, n, replacement=True)
         for k in component.unique():  # not all at once: n matrices of long codes would fill the memory
             of_k = component == k
@@ -181,7 +181,9 @@ def with_prior(vae, prior):
 
 
 def load_prior(path, device="auto"):
-    """The prior of the VAE at `path`, a run's folder, a checkpoint or a shipped name; also of a DiffuseVAE's.
+    """The prior of the VAE, or of a DiffuseVAE's VAE, at `path`.
+
+    `path` is a run's folder, a checkpoint or the name of a shipped model.
 
     Raises: ValueError for a model that has none.
     """

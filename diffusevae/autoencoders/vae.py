@@ -30,7 +30,7 @@ class StandardNormal(nn.Module):
 
     @property
     def distribution(self):
-        "The same as a torch distribution, on the module's device."
+        "N(0, I) as a torch distribution on the module's device."
         return independent_normal(self.zero, torch.ones_like(self.zero))
 
     def sample(self, n):
@@ -64,10 +64,10 @@ def draw_codes(prior, n, seeds=None):
 # %% ../../nbs/3_autoencoders/03_vae.ipynb #vae-14
 @configured
 class Beta(nn.Module):
-    """distortion + β · rate with a constant `beta`; β = 1 is the negative ELBO.
+    """The objective distortion + β · rate with a constant `beta`; with β = 1 it is the negative ELBO.
 
-    Called with the distortion (a scalar) and the KL of each dimension `(d,)`, both in nats and means over
-    the batch. It returns the loss and a dict of what should be logged.
+    It is called with the distortion (a scalar) and the KL of each dimension `(d,)`, both in nats and means
+    over the batch. It returns the loss and a dict of what should be logged.
 
     Raises: ValueError for a beta that is negative or not finite.
     Source: Higgins et al. 2017, equation 4.
@@ -83,10 +83,11 @@ class Beta(nn.Module):
 
 # %% ../../nbs/3_autoencoders/03_vae.ipynb #vae-through-flow
 def through_flow(q, flow, z0, draws=1):
-    """Codes z0 of a posterior q sent through `flow`, with q's context if it has one: z and log|det ∂z/∂z0|.
+    """The pair of z, which is z0 sent through `flow`, and log|det ∂z/∂z0|; z0 are codes of a posterior q.
 
-    z0 is `(draws · B, d)`, the draws of an image side by side; z has its shape, the log-determinant one
-    number a row. Where the flow is None, z is z0 and the log-determinant 0.
+    If q has a context, the flow is given it. z0 is `(draws · B, d)`, the draws of an image side by side;
+    z has its shape, the log-determinant one number a row. Where the flow is None, z is z0 and the
+    log-determinant 0.
     """
     if flow is None:
         return z0, 0.0
@@ -107,7 +108,7 @@ class VAEBase(nn.Module):
     flow = None  # (z) -> (z', log|det|), on top of the Gaussian posterior
 
     def draw(self, x):
-        "q(z0 | x), a z and log q(z | x) of images x: a distribution, codes `(B, z_dim)` and nats `(B,)`."
+        "Three things for images x: q(z0 | x), drawn codes z `(B, z_dim)`, and log q(z | x) in nats `(B,)`."
         q = self.encode(x)
         z0 = q.rsample()
         z, log_det = through_flow(q, self.flow, z0)
@@ -238,8 +239,9 @@ class VAE(VAEBase):
         self.size = size
         self.channels = channels
         self.z_dim = z_dim
-        self.context = getattr(flow, "context", 0)
-        replaced = any(part is not None for part in (prior, flow, encoder, decoder))
+        self.context = getattr(flow, "context", 0)  # how many numbers besides z0's the encoder gives the flow
+        # asked before the defaults are made, which need no check: they fit by themselves
+        parts_were_given = any(part is not None for part in (prior, flow, encoder, decoder))
         if encoder is None:
             outputs = 2 * z_dim + self.context
             encoder = nets.make_encoder(size, channels, width, levels, outputs, attention)
@@ -251,7 +253,7 @@ class VAE(VAEBase):
         self.objective = beta if isinstance(beta, nn.Module) else Beta(beta)
         self.prior = StandardNormal(z_dim) if prior is None else prior
         self.flow = flow
-        if replaced:
+        if parts_were_given:
             check_codes(self)
         self.to(memory_format=torch.channels_last)
 

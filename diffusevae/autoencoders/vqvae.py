@@ -31,7 +31,7 @@ def nearest_codes(z, codebook):
 
 # %% ../../nbs/3_autoencoders/11_vqvae.ipynb #vqvae-09
 def perplexity(counts):
-    "exp of the entropy of `counts` `(K,)` as frequencies: from 1, one code says everything, to K, all alike."
+    "exp(entropy) of `counts` `(K,)` as frequencies: 1 if only one code is used, K if all are used alike."
     frequencies = counts / counts.sum()
     entropy = torch.special.entr(frequencies).sum()  # Σ −p log p, in nats
     return entropy.exp()
@@ -39,9 +39,10 @@ def perplexity(counts):
 # %% ../../nbs/3_autoencoders/11_vqvae.ipynb #vqvae-12
 @configured
 class Quantiser(nn.Module):
-    """The nearest code for each vector of a grid, straight-through, with a codebook of moving averages.
+    """A layer that replaces each vector of a grid by the nearest code in its codebook.
 
-    The codebook moves in training mode only.
+    Gradients pass straight through to the vectors. In training mode, and only there, the codes move as
+    moving averages of the vectors they replace.
 
     Raises: ValueError for numbers out of range.
     Source: van den Oord et al. 2017, section 3.2 and appendix A.1.
@@ -82,10 +83,10 @@ class Quantiser(nn.Module):
         return F.embedding(indices, self.codebook).movedim(-1, 1)
 
     def forward(self, z):
-        """z_q with the gradient of `z`, its indices, and β times the commitment; in training mode a step.
+        """Returns z_q, which passes its gradient on to `z`, its indices, and β times the commitment.
 
         `z` and z_q are `(B, dim, h, w)`, the indices int64 `(B, h, w)`, the commitment is the mean of
-        (z_e − sg(z_q))², a scalar.
+        (z_e − sg(z_q))², a scalar. In training mode the codebook makes a step.
         """
         grid = z.detach().to(self.codebook.dtype).movedim(1, -1)
         vectors = grid.flatten(0, -2)  # (B h w, dim)
@@ -217,9 +218,9 @@ def known_scale(stage):
 
 # %% ../../nbs/3_autoencoders/11_vqvae.ipynb #vqvae-30
 class CodeFrequencies(nn.Module):
-    """Grids of indices, each place drawn by itself with the frequencies of `counts` `(K,)`.
+    """A distribution of grids of indices: each place is drawn by itself.
 
-    Where all counts are zero, all codes are alike.
+    The codes have the frequencies of `counts` `(K,)`. If all counts are zero, all codes are equally likely.
     """
 
     def __init__(self, counts, shape):
@@ -307,7 +308,7 @@ class VQVAE(FirstStage):
         return self.decode(self.quantiser.lookup(indices))
 
     def loss(self, batch):
-        """Squared error + β · commitment; and the perplexity of the batch.
+        """A dict of the loss, squared error + β · commitment, its two parts, and the perplexity of the batch.
 
         The error is a mean over pixels, channels and batch, the commitment one over the latent's numbers.
         """
@@ -323,7 +324,7 @@ class VQVAE(FirstStage):
 
     @torch.no_grad()
     def sample(self, n, seeds=None):
-        """Images of words drawn each by itself, by their frequency in training, `(n, C, H, W)`.
+        """Images `(n, C, H, W)` of words that are drawn each by itself, by their frequency in training.
 
         They are no good ones: for those a prior is needed. With `seeds`, one for each, an image depends on
         its own seed alone.
