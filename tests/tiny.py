@@ -11,6 +11,9 @@ from diffusevae.core.training import train
 # a training that is over at once, for the parameters of any run notebook that trains
 TRAIN = dict(steps=6, batch_size=16, checkpoint_every=3, validate_every=3, log_every=2, device="cpu")
 
+# for the Settings of a training in the test's own process: all but its steps and what happens every few
+BRIEF = dict(batch_size=4, lr=1e-2, warmup=0, ema=0.5, validation=0.25, device="cpu")
+
 # a training whose last checkpoint lies within it, not at its end
 _INTERRUPTIBLE = dict(
     steps=12, batch_size=16, checkpoint_every=5, validate_every=6, log_every=2, device="cpu"

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tiny import awake
+from tiny import BRIEF, awake
 
 from diffusevae.autoencoders.flows import IAF
 from diffusevae.autoencoders.hierarchical import HierarchicalVAE
@@ -237,17 +237,7 @@ def test_train_save_load_sample(form, channels, gate, use_z, tmp_path):
             0, 255, (12, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
         )
     )
-    settings = Settings(
-        steps=4,
-        batch_size=4,
-        lr=1e-2,
-        warmup=0,
-        ema=0.5,
-        validation=0.25,
-        validate_every=2,
-        checkpoint_every=2,
-        device="cpu",
-    )
+    settings = Settings(**BRIEF, steps=4, validate_every=2, checkpoint_every=2)
     assert len(list(train(model, images, settings, tmp_path))) == 4
     assert all(torch.equal(v, first[k]) for k, v in model.vae.state_dict().items())
     assert all(not torch.equal(v, gates[k]) for k, v in model.denoiser.gate.state_dict().items())

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny import BRIEF
 
 from diffusevae.autoencoders.vae import VAE
 from diffusevae.core.checkpoints import build, load_system, save_system
@@ -174,17 +175,7 @@ def test_inside_of_a_model(tmp_path):
             augment=Augmentation(noise=0.5, lowres=4),
         )
 
-    settings = Settings(
-        steps=4,
-        batch_size=4,
-        lr=1e-2,
-        warmup=0,
-        ema=0.5,
-        validation=0.25,
-        validate_every=2,
-        checkpoint_every=2,
-        device="cpu",
-    )
+    settings = Settings(**BRIEF, steps=4, validate_every=2, checkpoint_every=2)
     images = ImageSet(
         torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     )

@@ -4,7 +4,7 @@ coloured, with and without z.
 
 import pytest
 import torch
-from tiny import awake, progress_of, squares
+from tiny import BRIEF, awake, progress_of, squares
 
 from diffusevae.autoencoders.vae import VAE
 from diffusevae.core.checkpoints import load_system, save_system
@@ -18,17 +18,7 @@ from diffusevae.diffusion.unet import UNet
 from diffusevae.hybrid.diffusevae import DiffuseVAE
 
 both_forms = pytest.mark.parametrize("form", [1, 2])
-settings = Settings(
-    steps=6,
-    batch_size=4,
-    lr=1e-2,
-    warmup=0,
-    ema=0.5,
-    validation=0.25,
-    validate_every=3,
-    checkpoint_every=3,
-    device="cpu",
-)
+settings = Settings(**BRIEF, steps=6, validate_every=3, checkpoint_every=3)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,7 +4,7 @@ starts, hybrid terms, and bad input.
 
 import pytest
 import torch
-from tiny import awake, progress_of, squares
+from tiny import BRIEF, awake, progress_of, squares
 
 from diffusevae.autoencoders.codes import latent_figures, linear_probe
 from diffusevae.autoencoders.distances import FocalFrequency, MultiscaleSSIM, PerceptualLoss
@@ -34,17 +34,7 @@ from diffusevae.hybrid.joint import (
 )
 
 both_forms = pytest.mark.parametrize("form", [1, 2])
-settings = dict(
-    steps=6,
-    batch_size=4,
-    lr=1e-2,
-    warmup=0,
-    ema=0.5,
-    validation=0.25,
-    validate_every=3,
-    checkpoint_every=3,
-    device="cpu",
-)
+settings = dict(BRIEF, steps=6, validate_every=3, checkpoint_every=3)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
