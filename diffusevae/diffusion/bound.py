@@ -16,7 +16,7 @@ from .samplers import clip_function
 
 # %% ../../nbs/4_diffusion/10_bound.ipynb #bound-kl
 def kl_normal(mean1, variance1, mean2, variance2):
-    "The divergence KL(N(mean1, variance1) || N(mean2, variance2)) of each number, in nats."
+    "The divergence KL(N(mean1, variance1) || N(mean2, variance2)), in nats, for each number of the tensors."
     log_ratio = (variance2 / variance1).log()
     mean_square = variance1 + (mean1 - mean2) ** 2  # the mean of (x - mean2)² under the first Gaussian
     return (log_ratio - 1 + mean_square / variance2) / 2
@@ -32,7 +32,8 @@ def pixel_log_prob(x0, mean, variance):
     # the edges of the bin, half a pixel value to each side, in standard deviations from the mean
     centre = (x0 - mean) / variance.sqrt()
     half = 1 / 255 / variance.sqrt()
-    # the bins of the darkest and the brightest value, -1 and 1, reach out to infinity
+    # the bins of the darkest and the brightest value, -1 and 1, reach out to infinity; 0.999 leaves room for
+    # rounding errors, since the next values are ±0.992
     a = torch.where(x0 < -0.999, -math.inf, centre - half)
     b = torch.where(x0 > 0.999, math.inf, centre + half)
     # Φ(b) - Φ(a) = Φ(-a) - Φ(-b): bins above the mean are mirrored, as log Φ is exact in the lower tail only
@@ -64,7 +65,7 @@ def bound_term(
     smallest = process.smallest_variance().to(x0.dtype)
     p_mean, p_variance = process.step_back(predicted, x_t, t, out=out)
     q_mean, q_variance = process.posterior(x0, x_t, t)
-    # the variances can be 0, at t = 0, and are divided by
+    # both are divisors, and at t = 0 both can be 0
     p_variance = torch.where(p_variance > 0, p_variance, smallest)
     q_variance = torch.where(q_variance > 0, q_variance, smallest)
     kl = kl_normal(q_mean, q_variance, p_mean, p_variance)
@@ -96,7 +97,10 @@ def variational_bound(
     at_least(1, every=every)
 
     def term(first, end):
-        "Estimates the sum of the terms first … end - 1 of each image: a drawn one, times their number."
+        """An estimate, `(B,)`, of the sum of the terms first … end - 1 of each image.
+
+        It is one of the terms, at a t drawn for each image, times their number.
+        """
         t = torch.randint(first, end, (len(x0),), device=x0.device)
         x_t = process.add_noise(x0, torch.randn_like(x0), t)
         out = model(x_t, process.time_input(t), cond)
@@ -105,7 +109,7 @@ def variational_bound(
     # the prior term: what x_T still tells of x0
     abar = process.schedule.abar[-1:]
     prior = kl_normal(abar.sqrt() * x0, 1 - abar, 0.0, 1.0).flatten(1).mean(1)
-    terms = [term(0, 1)]
+    terms = [term(0, 1)]  # the term at t = 0 is always alone
     for first in range(1, process.T, every):
         terms.append(term(first, min(first + every, process.T)))
     terms = torch.stack(terms)

@@ -60,6 +60,7 @@ def null_condition(cond):
     """
 
     def null(name, part):
+        "A tensor like `part` that is filled with zeros, or for labels with the null label."
         return torch.full_like(part, null_label if name == "label" else 0)
 
     return cond.map(null)
@@ -80,9 +81,9 @@ def check_labels(label, n, classes, least=null_label):
         return  # to read the values would mean to wait for the device in every step
     in_range = (label >= least) & (label < classes)
     if not in_range.all():
-        or_none = f", or be {null_label} for no class" if least < 0 else ""
+        null_hint = f", or be {null_label} for no class" if least < 0 else ""
         raise ValueError(
-            f"labels must lie in 0 … {classes - 1}{or_none}; got {int(label.min())} … {int(label.max())}"
+            f"labels must lie in 0 … {classes - 1}{null_hint}; got {int(label.min())} … {int(label.max())}"
         )
 
 # %% ../../nbs/4_diffusion/03_conditions.ipynb #conditions-24
@@ -104,6 +105,7 @@ def drop_parts(cond, p):
     null = null_condition(cond)
 
     def drop(name, part):
+        "The condition's `part`, in which the samples that are dropped are null."
         return torch.where(column(dropped, part), getattr(null, name), part)
 
     return cond.map(drop)

@@ -25,10 +25,10 @@ loss_weightings = ("simple", "min_snr", "p2")
 
 
 def loss_weight(process, t, weight="simple", gamma=None):
-    """What the squared error of each sample's output is multiplied with: float `(B,)` for t int64 `(B,)`.
+    """The factors for the squared errors of a network's outputs at the times t int64 `(B,)`: float `(B,)`.
 
-    `simple` is 1. The other two weigh the error of x0, whatever is predicted: `min_snr` by min(SNR, γ), γ
-    = 5 unless given, and `p2` by SNR / (1 + SNR)^γ, γ = 1 unless given.
+    `simple` is 1. The other two weigh the error of x0, whatever is predicted: `min_snr` by min(SNR, γ) with
+    γ = 5, and `p2` by SNR / (1 + SNR)^γ with γ = 1, unless `gamma` is given.
 
     Raises: ValueError for an unknown `weight`.
     Source: min_snr: Hang et al. 2023, section 3.4; p2: Choi et al. 2022, equation 8.
@@ -38,15 +38,19 @@ def loss_weight(process, t, weight="simple", gamma=None):
         return torch.ones(len(t), device=t.device)
     snr = process.schedule.log_snr()[t].exp()
     if weight == "min_snr":
-        of_x0 = snr.clamp(max=5.0 if gamma is None else gamma)
+        if gamma is None:
+            gamma = 5.0
+        x0_weight = snr.clamp(max=gamma)
     else:
-        of_x0 = snr / (1 + snr) ** (1.0 if gamma is None else gamma)
+        if gamma is None:
+            gamma = 1.0
+        x0_weight = snr / (1 + snr) ** gamma
     # the squared error of eps is SNR times that of x0, and the squared error of v is 1 + SNR times that
     if process.predict == "eps":
-        return (of_x0 / snr).float()
+        return (x0_weight / snr).float()
     if process.predict == "v":
-        return (of_x0 / (1 + snr)).float()
-    return of_x0.float()
+        return (x0_weight / (1 + snr)).float()
+    return x0_weight.float()
 
 
 def squared_errors(
@@ -58,17 +62,17 @@ def squared_errors(
     weight="simple",  # simple, min_snr or p2: what the squared error is multiplied with
     discrete=True,  # for a learned variance: x0 are 8-bit pixels, or else real numbers
 ):
-    """Each sample's loss, `(B,)`: the weighted squared error, a mean over pixels. Draws noise from the
-    global generator.
+    """The loss of each sample, `(B,)`: the squared error of the output, a mean over pixels, times its weight.
 
-    With a learned variance a thousandth of the bound is added, which does not move the mean.
+    The noise is drawn by the global generator. With a learned variance a thousandth of the bound is added,
+    which teaches the network the variance alone.
 
     Source: Ho et al. 2020, equation 14; Nichol and Dhariwal 2021, equation 16 (L_hybrid).
     """
     if process.continuous:
         levels = continuous_levels(process.schedule, t)
         process = process.at_levels(levels)
-        t = torch.arange(len(t), device=t.device)  # there, sample i is at level i
+        t = torch.arange(len(t), device=t.device)  # in the process at these levels, sample i is at t = i
     channels = x0.shape[1]
     noise = torch.randn_like(x0)
     x_t = process.add_noise(x0, noise, t)
@@ -79,10 +83,11 @@ def squared_errors(
     losses = loss_weight(process, t, weight) * squares
     if process.variance != "learned_range":
         return losses
-    # the bound moves the variance alone: the mean's channels are held
-    held_mean = out[:, :channels].detach()
-    held = torch.cat([held_mean, out[:, channels:]], dim=1)
-    bound = bound_term(process, held, x0, x_t, t, clip=False, discrete=discrete)
+    # the bound shall teach the variance alone: no gradient goes through the channels of the mean
+    fixed_mean = out[:, :channels].detach()
+    variance_only = torch.cat([fixed_mean, out[:, channels:]], dim=1)
+    bound = bound_term(process, variance_only, x0, x_t, t, clip=False, discrete=discrete)
+    # T times the term at a random t estimates the whole bound, which gets the weight 1e-3 (the paper's λ)
     return losses + 1e-3 * process.T * bound
 
 
@@ -95,17 +100,22 @@ def diffusion_loss(
     t=None,  # the time that each is noised to, int64 (B,); None: drawn evenly, before the noise
     discrete=True,  # for a learned variance: x0 are 8-bit pixels, or else real numbers
 ):
-    "The loss of a batch, a scalar: the mean of `squared_errors`. Source: Ho et al. 2020, algorithm 1."
+    """The loss of a batch, a scalar: the mean of `squared_errors`.
+
+    Source: Ho et al. 2020, algorithm 1.
+    """
     if t is None:
         t = torch.randint(process.T, (len(x0),), device=x0.device)
     return squared_errors(model, process, x0, t, cond, weight, discrete).mean()
 
 # %% ../../nbs/4_diffusion/11_ddpm.ipynb #ddpm-23
 class ImportantTimes(nn.Module):
-    """Draws t where the loss is large, and weights the loss down in turn: its mean stays, its noise shrinks.
+    """Importance sampling of times: a t with large losses is drawn more often, with smaller factors for them.
 
-    p(t) ∝ √E[L_t²] over the last `memory` losses at each of `T` times, uniform until all have so many,
-    and always 0.1 % uniform. What it has seen is in buffers, so that checkpoints carry it.
+    The factors keep the mean of the loss what it is for uniform t; only its variance shrinks. p(t) is
+    proportional to √E[L_t²], where E is the mean over the last `memory` losses at t, with 0.1 % of the
+    uniform distribution mixed in. Until there are `memory` losses at each of the `T` times, p is uniform.
+    The losses are buffers, so checkpoints carry them.
 
     Source: Nichol and Dhariwal 2021, section 3.3 and equation 18; the 0.1 % are their code's.
     """
@@ -113,20 +123,21 @@ class ImportantTimes(nn.Module):
     def __init__(self, T, memory=10):
         super().__init__()
         self.register_buffer("losses", torch.zeros(T, memory))  # the last losses at each time
-        self.register_buffer("seen", torch.zeros(T, dtype=torch.long))  # how many there have been
+        self.register_buffer("seen", torch.zeros(T, dtype=torch.long))  # how many losses each time has had
 
     def shares(self):
-        "p(t), float `(T,)`, sums to 1."
+        "The probabilities p(t) of all times, float `(T,)`; they sum to 1."
         T, memory = self.losses.shape
-        size = self.losses.square().mean(1).sqrt() + 1e-12
-        full = self.seen.min() >= memory
-        p = torch.where(full, size / size.sum(), 1 / T)
+        # 1e-12 keeps the sum, which is divided by, above 0 while all losses are 0
+        root_mean_square = self.losses.square().mean(1).sqrt() + 1e-12
+        full = self.seen.min() >= memory  # does every time have `memory` losses?
+        p = torch.where(full, root_mean_square / root_mean_square.sum(), 1 / T)
         return 0.999 * p + 0.001 / T
 
     def draw(self, n, device=None):
         """`n` times, int64 `(n,)`, drawn by the global generator, and the factors for their losses, `(n,)`.
 
-        The factors are 1 / (T p(t)), 1 in the mean.
+        The factors are 1 / (T p(t)); their expected value is 1.
         """
         p = self.shares().to(device)
         t = torch.multinomial(p, n, replacement=True)
@@ -134,13 +145,14 @@ class ImportantTimes(nn.Module):
 
     @torch.no_grad()
     def update(self, t, losses):
-        "Remember the `losses` `(B,)` at t `(B,)`, before the multiplication, in place of the oldest there."
+        "Keep the `losses` `(B,)` at t `(B,)`, not multiplied by factors, in place of the oldest ones at t."
         # a batch may hold the same t several times: how many samples before this one have it?
         same_time = t[:, None] == t
         earlier = same_time.tril(-1).sum(1)
         memory = self.losses.shape[1]
-        place = (self.seen[t] + earlier) % memory  # the oldest loss of this time, then the next
-        self.losses[t, place] = losses.float()
+        # the column of the oldest loss at t; for a second sample at the same t, that of the next oldest
+        oldest = (self.seen[t] + earlier) % memory
+        self.losses[t, oldest] = losses.float()
         self.seen.index_add_(0, t, torch.ones_like(t))
 
 # %% ../../nbs/4_diffusion/11_ddpm.ipynb #ddpm-29
@@ -180,27 +192,29 @@ def check_system(
 
 
 def class_labels(n, label, classes):
-    """Labels of `n` samples, int64 `(n,)`; -1 is no class.
+    """Labels of `n` samples, int64 `(n,)` on the CPU; None for no `label` and no `classes`.
 
-    `label` is one for all, one for each, or None for the classes in turn.
+    `label` is one for all, one for each, or None for the classes 0, 1, 2, … in turn; -1 is no class.
 
     Raises: ValueError for labels that do not fit.
     """
+    if label is None and not classes:
+        return None
     if label is None:
-        return torch.arange(n) % classes if classes else None
+        return torch.arange(n) % classes
     if not classes:
         raise ValueError(
             "labels are given, but the network was built without classes; "
             "leave them out, or build it with classes"
         )
-    given = torch.as_tensor(label).cpu()
-    labels = given.long()
-    if given.ndim == 0:
+    label = torch.as_tensor(label).cpu()
+    labels = label.long()
+    if label.ndim == 0:
         labels = labels.expand(n)
     inside = ((labels >= -1) & (labels < classes)).all()
-    if labels.shape != (n,) or given.is_floating_point() or not inside:
+    if labels.shape != (n,) or label.is_floating_point() or not inside:
         raise ValueError(
-            f"labels must be {n} whole numbers in 0 … {classes - 1}, or -1 for no class, got {given.tolist()}"
+            f"labels must be {n} whole numbers in 0 … {classes - 1}, or -1 for no class, got {label.tolist()}"
         )
     return labels
 
@@ -245,12 +259,14 @@ class DDPM(nn.Module):
                 "this network is class-conditional, but the batch has no labels; "
                 "give labels, or build it without classes"
             )
-        return drop_parts(Cond(label=batch.label), self.label_drop if self.training else 0.0)
+        drop_share = self.label_drop if self.training else 0.0
+        return drop_parts(Cond(label=batch.label), drop_share)
 
     def loss(self, batch):
         """`{'loss': scalar}`, the mean of `squared_errors` of a batch.
 
-        In evaluation mode t is drawn evenly and no label is dropped.
+        In training t may be drawn by `ImportantTimes`, and the errors are then multiplied by its factors. In
+        evaluation mode t is drawn evenly and no label is dropped.
         """
         x0 = batch.x
         options = dict(cond=self.condition_for(batch), weight=self.weight, discrete=self.discrete)
@@ -264,8 +280,8 @@ class DDPM(nn.Module):
     def cond(self, n, label=None, classes=None):
         """The condition of `n` samples, or None for a network without classes.
 
-        `label` is one for all, one each, or None for the classes in turn; -1 is no class. `classes` are
-        the network's unless given.
+        `label` is one for all, one for each, or None for the classes in turn; -1 is no class. `classes` is
+        the number of classes, the network's unless given.
 
         Raises: ValueError for labels that do not fit.
         """
@@ -275,8 +291,9 @@ class DDPM(nn.Module):
         return Cond(label=labels.to(self._device()))
 
     def guided_denoiser(self, guidance=0.0, interval=None, rescale=0.0, classifier=None):
-        """The denoiser as samplers see it: as it is, with classifier-free guidance, or guided by a
-        classifier.
+        """The denoiser that samplers walk with: unguided, guided classifier-free, or guided by a classifier.
+
+        `guidance` is the weight w; 0 is unguided. `interval` and `rescale` are those of `cfg`.
 
         Raises: ValueError for guidance without a null class that was trained, or settings that do not go
         together.
@@ -317,7 +334,8 @@ class DDPM(nn.Module):
         """
         at_least(0, temperature=temperature)
         model = self.guided_denoiser(guidance, interval, rescale, classifier)
-        cond = self.cond(n, label, getattr(classifier, "classes", None))
+        classes = getattr(classifier, "classes", None)  # its labels serve a network without classes, too
+        cond = self.cond(n, label, classes)
         noise = Noise(self.shape(n), seeds, device=self._device())
         x_T = temperature * noise()
         walk_back = sampler_by_name(sampler)
@@ -334,7 +352,7 @@ class DDPM(nn.Module):
         return (n, self.denoiser.channels, self.denoiser.size, self.denoiser.size)
 
     def view(self, x):
-        "What to show of a step's x: x itself; latent models decode it."
+        "The images to show for the x of a step: x itself here, the decoded x in latent models."
         return x
 
     def _device(self):

@@ -92,10 +92,10 @@ class DiTFinal(nn.Module):
 
 
 def unpatch(tokens, patch):
-    """The image `(B, C, H, W)` that tokens `(B, N, p·p·C)` are patches of, row by row on a square grid.
+    """The image `(B, C, H, W)` whose patches are the `tokens` `(B, N, p·p·C)`, row by row on a square grid.
 
-    A token holds its p × p pixels row by row, and for each pixel its C channels. Any other order would serve
-    as well, since the linear map that computes the tokens is learned.
+    p is `patch`. A token holds its p × p pixels row by row, and for each pixel its C channels. Any other
+    order would serve as well, since the linear map that computes the tokens is learned.
 
     Source: the code of Peebles and Xie 2023.
     """
@@ -107,7 +107,13 @@ def unpatch(tokens, patch):
 
 # %% ../../nbs/4_diffusion/05_dit.ipynb #dit-23
 def _initialise(net):
-    "Set the published initial weights: Xavier, a deviation of 0.02 for time and class, 0 where blocks end."
+    """Set the published initial weights of the DiT `net`.
+
+    Linear maps get Xavier's, those of time and class a standard deviation of 0.02. All modulations and the
+    last map get 0. So do the biases.
+
+    Source: the code of Peebles and Xie 2023.
+    """
     linear_maps = [m for m in net.modules() if isinstance(m, nn.Linear)]
     for module in [*linear_maps, net.stem]:
         nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten turns the stem's into a matrix

@@ -35,18 +35,21 @@ def _stages(net):
     """
     named = []
     level = net.levels
-    last = len(net.config["arguments"]["multipliers"]) - 1
+    last = len(net.config["arguments"]["multipliers"]) - 1  # the index of the lowest level
     for i in range(last + 1):
         for j, stage in enumerate(level.down):
             named.append((stage, f"down_blocks.{i}.%s.{j}"))
         for j, stage in enumerate(level.up):
             named.append((stage, f"up_blocks.{last - i}.%s.{j}"))
         if i < last:
-            to_coarse, level, to_fine = level.lower
-            # `to_coarse` is a convolution, or padding and convolution; `to_fine` enlargement and convolution
+            to_coarse, next_level, to_fine = level.lower
+            # `to_coarse` is a convolution alone, or padding and then a convolution
             down_conv = to_coarse if isinstance(to_coarse, nn.Conv2d) else to_coarse[1]
+            up_conv = to_fine[1]  # after the enlargement
             named.append((down_conv, f"down_blocks.{i}.downsamplers.0.conv"))
-            named.append((to_fine[1], f"up_blocks.{last - i - 1}.upsamplers.0.conv"))
+            named.append((up_conv, f"up_blocks.{last - i - 1}.upsamplers.0.conv"))
+            level = next_level
+    # `level` is now the lowest, and holds the middle of the U
     named.append((level.lower.first, "mid_block.%s.0"))
     named.append((level.lower.second, "mid_block.%s.1"))
     return named
@@ -55,7 +58,8 @@ def _stages(net):
 def _parts_of_stage(stage, name):
     """Pairs of a module and its name in diffusers: all modules of a stage that have parameters.
 
-    The name `to_qkv` stands for three names: to_q, to_k and to_v.
+    `name` is that of the stage, with `%s` for "resnets" or "attentions". In the result, `to_qkv` stands for
+    three names: to_q, to_k and to_v.
     """
     resnet = name % "resnets"
     residual = stage.residual
@@ -65,7 +69,7 @@ def _parts_of_stage(stage, name):
         (residual.emb, f"{resnet}.time_emb_proj"),
         (residual.norm2, f"{resnet}.norm2"),
         (residual.conv2, f"{resnet}.conv2"),
-        (residual.skip, f"{resnet}.conv_shortcut"),
+        (residual.skip, f"{resnet}.conv_shortcut"),  # without parameters where the channels stay
     ]
     attention = stage.attention
     if isinstance(attention, SelfAttention):
@@ -263,7 +267,8 @@ def _settings(config):
     readable = dict(_few_values)
     readable["attn_norm_num_groups"] = [settings["norm_num_groups"]]
     if settings["resnet_time_scale_shift"] == "default":
-        # None means norm_num_groups here; with scale_shift, the attention at the bottom would have no norm
+        # diffusers takes None for norm_num_groups; but with scale_shift, None would mean that the attention
+        # at the bottom has no norm, which a `UNet` cannot have
         readable["attn_norm_num_groups"].append(None)
     for name, values in readable.items():
         if settings[name] not in values:
@@ -283,9 +288,9 @@ def _attention(settings, size):
     """
     down = list(settings["down_block_types"])
     up = list(settings["up_block_types"])
-    known = set(down) <= {"DownBlock2D", "AttnDownBlock2D"}
+    all_known = set(down) <= {"DownBlock2D", "AttnDownBlock2D"}
     mirrored = [block.replace("Down", "Up") for block in reversed(down)]
-    if not known or up != mirrored:
+    if not all_known or up != mirrored:
         raise ValueError(
             f"blocks {down} with {up} cannot be read; only DownBlock2D and AttnDownBlock2D, "
             "with the same of UpBlock2D in reverse order"
@@ -301,14 +306,13 @@ def _multiplier(width, first):
 
 
 def _arguments(settings, size, channels, null_class):
-    "The arguments of the `UNet` that a UNet2DModel's settings describe."
+    "The arguments of the `UNet` that a UNet2DModel's settings describe; they also give missing `channels`."
     widths = settings["block_out_channels"]
-    classes = 0
-    if settings["num_class_embeds"]:
-        # the number of rows of a table; the row for "no class", if there is one, is not counted as a class
-        classes = settings["num_class_embeds"] - bool(null_class)
+    classes = settings["num_class_embeds"] or 0
+    if classes and null_class:
+        classes -= 1  # the last one is "no class", which a `UNet` does not count
     if channels is None:
-        # a learned variance adds channels that go out, an image condition adds some that come in
+        # a learned variance adds output channels, an image condition adds input channels
         channels = min(settings["in_channels"], settings["out_channels"])
     arguments = dict(
         size=size,
@@ -345,7 +349,7 @@ def _as_ours(settings, tensors, null_class):
     if settings["flip_sin_to_cos"] and time_name in tensors:
         weight = tensors[time_name]
         half = weight.shape[1] // 2
-        tensors[time_name] = weight.roll(half, dims=1)  # W Π: the halves of the columns change places
+        tensors[time_name] = weight.roll(half, dims=1)  # the halves of the columns change places
 
     class_name = "class_embedding.weight"
     if class_name in tensors and not null_class:
@@ -360,7 +364,7 @@ def from_diffusers(
     tensors,  # its tensors by name
     size=None,  # pixels of a side; needed where the config has no single `sample_size`
     channels=None,  # of the images; needed for an image condition together with a learned variance
-    null_class=None,  # is the last class "no class"? None: see the config, otherwise no
+    null_class=None,  # is the last class "no class"? None: as `to_diffusers` noted in the config, or else no
 ):
     """The `UNet`, in evaluation mode, that computes what diffusers' UNet2DModel does.
 
@@ -420,7 +424,7 @@ _scheduler_values = {
 
 
 def _formula_of(betas):
-    "The name of the formula that gives these betas, or None."
+    "The name in diffusers of the formula that gives these betas, but for rounding; None where there is none."
     T = len(betas)
     start, end = float(betas[0]), float(betas[-1])
     for name, formula in _scheduler_values["beta_schedule"].items():
@@ -440,15 +444,15 @@ def to_scheduler(process):
             "a process with continuous noise levels cannot be written"
         )
     betas = process.schedule.betas.cpu()
-    formula = _formula_of(betas)
+    formula_name = _formula_of(betas)
     their_prediction = {ours: theirs for theirs, ours in _scheduler_values["prediction_type"].items()}
     return {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": process.T,
         "beta_start": float(betas[0]),
         "beta_end": float(betas[-1]),
-        "beta_schedule": formula or "linear",
-        "trained_betas": None if formula else betas.tolist(),
+        "beta_schedule": formula_name or "linear",  # ignored where there are `trained_betas`
+        "trained_betas": None if formula_name else betas.tolist(),
         "variance_type": process.variance,
         "clip_sample": True,
         "timestep_spacing": "leading",
@@ -477,7 +481,8 @@ def from_scheduler(config):
         raise ValueError(
             f"{config.get('_class_name', 'this scheduler')} has no betas, so it is no process of this kind"
         )
-    settings = {**_scheduler_defaults, **config}
+    settings = dict(_scheduler_defaults)
+    settings.update(config)
     ours = {}
     for name, ours_by_theirs in _scheduler_values.items():
         theirs = settings[name]
@@ -512,7 +517,7 @@ def export_diffusers(folder, system):
     folder = Path(folder)
     config, tensors = to_diffusers(system.denoiser)
     scheduler = to_scheduler(system.process)
-    save_tensors(folder / _tensors_at, tensors, {})
+    save_tensors(folder / _tensors_at, tensors, info={})
     write_json(folder / _unet_at, config)
     write_json(folder / _scheduler_at, scheduler)
     write_json(folder / "model_index.json", _model_index)
@@ -535,6 +540,7 @@ def _read(path, reader):
 
 
 def _read_json(path):
+    "The value that a JSON file holds."
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -542,7 +548,7 @@ def import_diffusers(
     folder,  # what diffusers' DDPMPipeline or DDIMPipeline has saved
     size=None,  # pixels of a side; needed where the config has no single `sample_size`
     channels=None,  # of the images; needed for an image condition together with a learned variance
-    null_class=None,  # is the last class "no class"? None: see the config, otherwise no
+    null_class=None,  # is the last class "no class"? None: as `to_diffusers` noted in the config, or else no
 ):
     """The network and the process of a saved pipeline: `(UNet, Diffusion)`, on the CPU.
 

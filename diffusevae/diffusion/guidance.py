@@ -26,6 +26,7 @@ def with_null(cond):
     null = null_condition(cond)
 
     def part_and_null(name, part):
+        "The condition's `part`, followed along the batch axis by its null part."
         return torch.cat([part, getattr(null, name)])
 
     return cond.map(part_and_null)
@@ -40,7 +41,8 @@ def rescale_std(out, like, share):
     """
     dims = tuple(range(1, out.ndim))
     tiny = torch.finfo(out.dtype).tiny
-    std = out.std(dims, keepdim=True).clamp(min=tiny)  # a fresh network returns 0 everywhere
+    # not 0, which would be divided by: a fresh network returns 0 everywhere
+    std = out.std(dims, keepdim=True).clamp(min=tiny)
     ratio = like.std(dims, keepdim=True) / std
     return out * (1 + share * (ratio - 1))
 
@@ -73,11 +75,14 @@ def _extrapolated(
     x_t,  # the images, (B, C, …)
     rescale,  # how far standard deviations are moved to those of `conditional`, in [0, 1]
 ):
-    "conditional + w·(conditional - free) in x_t's channels and type, with the variance of `conditional`."
+    """The guided output: conditional + w·(conditional - free) in the first C channels, in the type of x_t.
+
+    Further channels, a learned variance, are those of `conditional`.
+    """
     channels = x_t.shape[1]
     with_cond = conditional[:, :channels].to(x_t.dtype)
-    without = free[:, :channels].to(x_t.dtype)
-    guided = with_cond + w * (with_cond - without)
+    without_cond = free[:, :channels].to(x_t.dtype)
+    guided = with_cond + w * (with_cond - without_cond)
     if rescale:
         guided = rescale_std(guided, with_cond, rescale)
     if conditional.shape[1] == channels:
@@ -89,18 +94,19 @@ def cfg(model, w, interval=None, rescale=0.0):
     """Classifier-free guidance: a denoiser with the output (1 + w)·out(cond) - w·out(null).
 
     One call on the doubled batch gives both outputs. w = 0 is the model with its condition, unguided, in
-    one plain call; w = -1 is the model without condition. The scale g in out(null) + g·(out(cond) -
-    out(null)) is 1 + w. With `interval` (low, high) only samples with low <= time input <= high are
-    guided. `rescale`, in [0, 1], is how far standard deviations are moved back to those of out(cond). A
-    learned variance is that of out(cond).
+    one plain call; w = -1 is the model without condition. Elsewhere the scale is often given as g = 1 + w:
+    the output is also out(null) + g·(out(cond) - out(null)). With `interval` (low, high) only samples with
+    low <= time input <= high are guided. `rescale`, in [0, 1], is how far standard deviations are moved
+    back to those of out(cond). A learned variance is that of out(cond).
 
-    Raises: ValueError for w below -1, a rescale outside [0, 1], an interval with low > high, a denoiser
-    that was built without condition, or a call without one.
+    Raises: ValueError for w below -1, a rescale outside [0, 1], an interval that is no pair low <= high, a
+    denoiser that was built without condition, or a call without one.
     Source: Ho and Salimans 2022, equation 6; interval: Kynkäänniemi et al. 2024, section 3.
     """
     check_guidance(model, w, interval, rescale)
 
     def guided(x_t, t, cond=None):
+        "The guided output for x_t `(B, C, …)`, the time input t `(B,)` and the condition `cond`."
         if cond is None or not cond.parts():
             raise ValueError(
                 "guidance needs a condition to compare with none; give a Cond, for example with labels"
@@ -125,10 +131,10 @@ def cfg(model, w, interval=None, rescale=0.0):
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-38
 @configured
 class NoisyClassifier(nn.Module):
-    """A classifier of noisy images, p(label | x_t): half a U-Net that is given the time, and its `loss`.
+    """A classifier of noisy images, p(label | x_t): the downward half of a U-Net, which is told the time.
 
-    It takes images `(B, channels, size, size)` and the process's time input `(B,)`, and returns logits `(B,
-    classes)`. The resolution is halved after each of the `multipliers` but the last.
+    It takes images `(B, channels, size, size)` and the process's time input `(B,)`, and returns logits
+    `(B, classes)`. `loss` trains it. The resolution is halved after each of the `multipliers` but the last.
 
     Raises: ValueError for a size that `patch` does not divide, other images, or labels outside 0 …
     classes - 1.
@@ -137,7 +143,7 @@ class NoisyClassifier(nn.Module):
 
     def __init__(
         self,
-        size,  # pixels of the square images
+        size,  # pixels of a side of the square images
         channels,  # of the images
         classes,  # how many labels there are
         process,  # the Diffusion whose noisy images it is trained on
@@ -154,7 +160,8 @@ class NoisyClassifier(nn.Module):
         self.process = process
         self.patch = patch
         c_emb = 4 * width
-        self.embedding = Embedding(width, c_emb, scale=1000.0 if process.continuous else 1.0)
+        scale = 1000.0 if process.continuous else 1.0  # √abar ≤ 1 is stretched to the range of t
+        self.embedding = Embedding(width, c_emb, scale=scale)
         self.stem = nn.Conv2d(channels * patch**2, width, kernel_size=3, padding=1)
         self.stages = nn.ModuleList()
         c_in = width
@@ -179,14 +186,19 @@ class NoisyClassifier(nn.Module):
                 f"got {tuple(x_t.shape)}"
             )
         x = F.pixel_unshuffle(x_t, self.patch).contiguous(memory_format=torch.channels_last)
-        emb = self.embedding(t, None)
+        emb = self.embedding(t, cond=None)
         h = self.stem(x)
         for stage, down in zip(self.stages, self.down):
             h = down(stage(h, emb))
         return self.head(h)
 
     def loss(self, batch):
-        "Cross-entropy in nats at a t drawn per sample, and the share that is right: `{'loss', 'accuracy'}`."
+        """`{'loss', 'accuracy'}` of a batch, noised to a random t for each sample: two scalars.
+
+        The loss is the cross-entropy in nats, the accuracy the share of samples that are classified rightly.
+
+        Raises: ValueError for labels outside 0 … classes - 1.
+        """
         x0 = batch.x
         check_labels(batch.label, len(x0), self.classes, least=0)
         t = torch.randint(self.process.T, (len(x0),), device=x0.device)
@@ -199,7 +211,7 @@ class NoisyClassifier(nn.Module):
 def class_gradient(classifier, x_t, t, label):
     """The gradient of log p(label | x_t) with respect to x_t, of the same shape as x_t.
 
-    For samples with the label -1, no class, it is 0. It is computed under `torch.no_grad` too.
+    The gradient is 0 for samples with the label -1, no class. It is computed even under `torch.no_grad`.
 
     Raises: ValueError for labels that the classifier does not have.
     """
@@ -226,7 +238,10 @@ def guidance_factor(process, t, x):
         factor = -((1 - abar).sqrt())
     else:
         ratio = torch.where(abar > 0, (1 - abar) / abar, 0)  # noise to signal, 1 / SNR
-        factor = ratio * abar.sqrt() if process.predict == "x0" else -ratio.sqrt()
+        if process.predict == "x0":
+            factor = ratio * abar.sqrt()
+        else:
+            factor = -ratio.sqrt()
     return factor.to(x.dtype)
 
 # %% ../../nbs/4_diffusion/09_guidance.ipynb #guidance-48
@@ -239,28 +254,33 @@ def _what_it_takes(model, cond):
 
 
 def _shared_process(model, classifier, process):
-    "The process that both models share. Raises ValueError for none, or for other noise or images."
-    own = getattr(classifier, "process", process)  # the classifier's, which may have none
+    """The process that the denoiser `model` and the classifier share: `process`, or if None the classifier's.
+
+    Raises: ValueError where there is neither, or where the two know other noise or other images.
+    """
+    # a plain function as classifier has no process of its own, and is taken to share `process`
+    own = getattr(classifier, "process", process)
     if own is None:
         raise ValueError(
             "this classifier has no process of its own; say by process= what noise it and the denoiser know"
         )
     if process is None:
         process = own
-    same = process.continuous == own.continuous
-    if not own.continuous:
-        same = same and torch.equal(process.schedule.abar, own.schedule.abar)
-    if not same:
+    same_noise = process.continuous == own.continuous
+    if not own.continuous:  # who is told √abar serves any schedule, who is told t only its own
+        same_noise = same_noise and torch.equal(process.schedule.abar, own.schedule.abar)
+    if not same_noise:
         raise ValueError(
             "the classifier was trained on another noise schedule than the denoiser's; train it on the same"
         )
-    for part in ("size", "channels"):
-        ours = getattr(classifier, part, None)
-        theirs = getattr(model, part, None)
-        if ours is not None and theirs is not None and ours != theirs:
+    for name in ("size", "channels"):
+        in_classifier = getattr(classifier, name, None)  # None: a plain function does not say
+        in_denoiser = getattr(model, name, None)
+        both_say = in_classifier is not None and in_denoiser is not None
+        if both_say and in_classifier != in_denoiser:
             raise ValueError(
-                f"the classifier was built for images of {part} {ours}, the denoiser for {part} {theirs}; "
-                "they must agree"
+                f"the classifier was built for images of {name} {in_classifier}, "
+                f"the denoiser for {name} {in_denoiser}; they must agree"
             )
     return process
 
@@ -280,6 +300,7 @@ def classifier_guided(model, classifier, w, process=None):
     process = _shared_process(model, classifier, process)
 
     def guided(x_t, t, cond=None):
+        "The guided output for x_t `(B, C, …)`, the time input t `(B,)` and the condition `cond`."
         if cond is None or cond.label is None:
             raise ValueError("classifier guidance needs labels; give a Cond with a label for each sample")
         gradient = class_gradient(classifier, x_t, t, cond.label)

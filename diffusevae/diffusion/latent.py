@@ -23,7 +23,7 @@ from .ddpm import DDPM
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-08
 def check_latent_denoiser(stage, denoiser=None):
-    "Raises ValueError unless `stage` is a first stage, and the `denoiser`, if given, takes its latents."
+    "Raises ValueError unless `stage` is a first stage and the `denoiser`, if given, takes its latents."
     for name in ("to_latent", "from_latent", "latent_shape", "scale"):
         if not hasattr(stage, name):
             raise ValueError(
@@ -73,17 +73,18 @@ def encode_all(first_stage, images, flip=False, batch_size=256):
     They are computed where the first stage is, and lie where the images are. Warns of latents that are
     far from unit size.
 
-    Raises: ValueError for no first stage, one without scale, no images, or images that it does not take.
+    Raises: ValueError for a `first_stage` that is none or has no scale, and for images that are none or that
+    it does not take.
     """
     check_latent_denoiser(first_stage)
     if not len(images):
         raise ValueError("there are no images to encode; give a set of at least one")
-    known_scale(first_stage)
+    known_scale(first_stage)  # raises where there is no scale
     z = _encoded(first_stage, images, batch_size)
     if flip:
         z_of_mirrored = _encoded(first_stage, images, batch_size, mirrored=True)
         z = torch.cat([z, z_of_mirrored])
-    if z.numel() > 10_000:
+    if z.numel() > 10_000:  # the standard deviation of a few numbers says little of the scale
         std = float(z.std())
         if not 0.5 < std < 2:
             warnings.warn(
@@ -95,14 +96,14 @@ def encode_all(first_stage, images, flip=False, batch_size=256):
 
 
 def _encoded(stage, images, batch_size, mirrored=False):
-    "The latents of all images, or of their mirror images, on the images' device; many have a progress bar."
+    "The latents of all images, or of their mirror images, on the images' device; 10 000 show a progress bar."
     from tqdm import tqdm
 
     starts = range(0, len(images), batch_size)
     parts = []
     with evaluating(stage):
-        for i in tqdm(starts, desc="encoding", disable=len(images) < 10_000):
-            part = images[i : i + batch_size]
+        for start in tqdm(starts, desc="encoding", disable=len(images) < 10_000):
+            part = images[start : start + batch_size]
             x = part.x.flip(3) if mirrored else part.x
             z = stage.to_latent(x.to(stage.scale.device))
             parts.append(z.to(part.images.device))
@@ -110,7 +111,10 @@ def _encoded(stage, images, batch_size, mirrored=False):
 
 
 def _latent_set(images, z, flip):
-    "Latents with the labels, classes and attributes of their images, whose mirror images follow with `flip`."
+    """The latents `z` as a `LatentSet`, with the labels, classes and attributes of their images.
+
+    With `flip`, z holds the latents of all images and then those of their mirror images.
+    """
     labels = images.labels
     attributes = images.attributes
     if flip and labels is not None:
@@ -126,10 +130,11 @@ def tensors_hash(tensors):
     It does not depend on the device or the memory order.
     """
     digest = hashlib.sha256()
-    for name, v in sorted(tensors.items()):
-        digest.update(f"{name} {v.dtype} {tuple(v.shape)};".encode())
-        data = v.detach().cpu().contiguous().flatten()
-        digest.update(data.view(torch.uint8).numpy())
+    for name, tensor in sorted(tensors.items()):
+        heading = f"{name} {tensor.dtype} {tuple(tensor.shape)};"
+        digest.update(heading.encode())
+        numbers = tensor.detach().cpu().contiguous().flatten()
+        digest.update(numbers.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-25
@@ -137,20 +142,20 @@ def cached_latents(
     path,  # of the file, .safetensors
     first_stage,  # with a scale
     images,  # an ImageSet
-    flip=False,  # whether those of all mirrored images follow
+    flip=False,  # True: the latents of all mirrored images follow
     dtype="float32",  # of the numbers in the file: float32 or float16
     batch_size=256,  # images that are encoded at once
 ):
-    """The `LatentSet` of `encode_all`, kept in a file and read from there as long as that was made from
-    the same.
+    """The `LatentSet` of `encode_all`, read from the file at `path` if it holds the latents of this call.
 
-    Made from other images, by another first stage or with other settings, it is encoded anew, with a
-    warning that says why.
+    If there is no file, the images are encoded and the file is written. The same happens, with a warning
+    that says why, if the file was made from other images, by another first stage, or with another `flip` or
+    `dtype`.
 
-    Raises: ValueError for another dtype, a file that is no such cache, no first stage, one without scale,
-    no images, or images that it does not take.
+    Raises: ValueError for another dtype, a file that is no such cache, a `first_stage` that is none or has no
+    scale, and for images that are none or that it does not take.
     """
-    in_file = choice("dtype", dtype, {"float32": torch.float32, "float16": torch.float16})
+    file_dtype = choice("dtype", dtype, {"float32": torch.float32, "float16": torch.float16})
     check_latent_denoiser(first_stage)
     origin = {
         "first stage": tensors_hash(first_stage.state_dict()),
@@ -161,25 +166,30 @@ def cached_latents(
     z = _read(path, origin)
     if z is None:
         latents = encode_all(first_stage, images, flip, batch_size)
-        z = latents.x.to(in_file)
+        z = latents.x.to(file_dtype)
         save_tensors(path, {"x": z}, {"latents": origin})
     z = z.to(images.images.device).float()
     return _latent_set(images, z, flip)
 
 
 def _read(path, origin):
-    "The latents in a file of this `origin`; None if there is no file or, with a warning, another origin."
+    """The latents in the file at `path`; None if there is no file, or if its latents have another origin.
+
+    `origin` is a dict of all that the latents depend on. A warning says where that of the file differs.
+
+    Raises: ValueError for a file without latents.
+    """
     if not Path(path).is_file():
         return None
     tensors, info = load_tensors(path)
     if "latents" not in info:
         raise ValueError(f"{path} holds no latents; give the cache a file of its own")
-    found = info["latents"]
-    other = [name for name, value in origin.items() if found.get(name) != value]
-    if other:
+    origin_of_file = info["latents"]
+    changed = [name for name, value in origin.items() if origin_of_file.get(name) != value]
+    if changed:
         warnings.warn(
-            f"the latents in {path} were made with another {' and '.join(other)}; they are encoded anew",
-            stacklevel=3,
+            f"the latents in {path} were made with another {' and '.join(changed)}; they are encoded anew",
+            stacklevel=3,  # the line that calls `cached_latents`
         )
         return None
     return tensors["x"]
@@ -187,8 +197,7 @@ def _read(path, origin):
 # %% ../../nbs/4_diffusion/12_latent.ipynb #latent-28
 @configured
 class LatentDiffusion(Frozen, DDPM):
-    """A DDPM on the latents of a `first_stage`, which is frozen: `loss` takes latents, `sample` gives
-    images.
+    """A DDPM on the latents of a frozen `first_stage`: `loss` takes latents, `sample` returns images.
 
     `encode_all` makes the latents. Checkpoints hold the first stage and its scale.
 
@@ -212,10 +221,10 @@ class LatentDiffusion(Frozen, DDPM):
         check_latent_denoiser(first_stage, denoiser)
         super().__init__(denoiser, process, weight, times, label_drop)
         self.first_stage = first_stage.requires_grad_(False).eval()
-        self.scaled = False  # whether the scale is known to be there
+        self.scaled = False  # has `loss` already seen that there is a scale?
 
     def loss(self, batch):
-        """`{'loss': scalar}` of a batch of latents, as a DDPM has it for images.
+        """`{'loss': scalar}` of a batch of latents, computed as a DDPM does for images.
 
         Raises: ValueError for pixels, and for a first stage whose scale was never computed.
         """
@@ -225,25 +234,25 @@ class LatentDiffusion(Frozen, DDPM):
                 f"this model learns on latents of (B, {shape}), got {tuple(batch.x.shape)}; "
                 "encode images first: encode_all(model.first_stage, images)"
             )
-        if not self.scaled:  # looked at once: on a GPU each look would wait for the device
+        if not self.scaled:  # only once: on a GPU, to read the scale is to wait for the device
             known_scale(self.first_stage)
             self.scaled = True
         return super().loss(batch)
 
     def steps(self, n, clip=False, **walk):
-        """The reverse process of `n` samples in latents, which have no range to `clip` to: a generator of
-        `Step`s.
+        """The reverse process of `n` samples in latents: a generator of `Step`s.
 
-        The other keywords are those of `DDPM.steps`.
+        `clip` is False unless given, since latents have no range. The other keywords are those of
+        `DDPM.steps`.
 
         Raises: ValueError, in the call itself, where first stage and denoiser do not fit, there is no
         scale, or a keyword is out of range.
         """
         check_latent_denoiser(self.first_stage, self.denoiser)
-        known_scale(self.first_stage)
+        known_scale(self.first_stage)  # raises where there is no scale
         return super().steps(n, clip=clip, **walk)
 
     @torch.no_grad()
     def view(self, z):
-        "Latents `(n, c, h, w)`, of any step of a walk, decoded: images in [-1, 1]."
+        "The images in [-1, 1] that latents `(n, c, h, w)`, of any step of a walk, decode to."
         return map_batches(self.first_stage.from_latent, z, batch_size=64).clamp(-1, 1)

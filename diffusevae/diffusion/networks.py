@@ -90,7 +90,8 @@ def preset(name, **arguments):
     Raises: ValueError for an unknown name; it lists the known ones.
     """
     network_class, published_arguments = choice("network", name, published_networks)
-    return network_class(**{**published_arguments, **arguments})
+    all_arguments = published_arguments | arguments  # where both have a name, `arguments` wins
+    return network_class(**all_arguments)
 
 # %% ../../nbs/4_diffusion/06_networks.ipynb #networks-dit-34
 def make_denoiser(

@@ -16,17 +16,18 @@ from .schedules import NoiseLevels, at_time
 
 # %% ../../nbs/4_diffusion/02_process.ipynb #process-18
 def posterior_weights(abar, abar_prev):
-    """q(x_s | x_t, x0) in three numbers: the weight of x0 in its mean, the weight of x_t in it, its variance.
+    """The mean and the variance of q(x_s | x_t, x0), as three tensors: weight of x0, weight of x_t, variance.
 
-    `abar` is ᾱ_t and `abar_prev` is ᾱ_s, with ᾱ_t < ᾱ_s ≤ 1. Arguments and results are tensors of one shape.
+    The mean is (weight of x0) · x0 + (weight of x_t) · x_t. `abar` is ᾱ_t and `abar_prev` is ᾱ_s, with
+    ᾱ_t < ᾱ_s ≤ 1. Arguments and results are tensors of one shape.
 
     Source: Ho et al. 2020, equations 6 and 7; for skipped steps Nichol and Dhariwal 2021, equation 19.
     """
     alpha = abar / abar_prev  # from s to t, x_s is scaled by √α
-    of_x0 = abar_prev.sqrt() * (1 - alpha) / (1 - abar)
-    of_x_t = alpha.sqrt() * (1 - abar_prev) / (1 - abar)
+    x0_weight = abar_prev.sqrt() * (1 - alpha) / (1 - abar)
+    x_t_weight = alpha.sqrt() * (1 - abar_prev) / (1 - abar)
     variance = (1 - alpha) * (1 - abar_prev) / (1 - abar)
-    return of_x0, of_x_t, variance
+    return x0_weight, x_t_weight, variance
 
 # %% ../../nbs/4_diffusion/02_process.ipynb #process-33
 def learned_variance(out, x_t, large, small):
@@ -56,7 +57,7 @@ variances = ("fixed_small", "fixed_large", "learned_range")
 
 
 def _prediction_of(out, x_t):
-    """The prediction in a network's output: its first C channels, where x_t has C, in the type of x_t.
+    """The prediction in a network's output `out`: its first C channels, in the type of `x_t` `(B, C, …)`.
 
     Raises: ValueError unless the output has C or 2C channels.
     """
@@ -141,7 +142,7 @@ class Diffusion(nn.Module):
     def at_levels(self, abar):
         """This process with the noise levels `abar` `(B,)`, in any order: level i is at t = i.
 
-        With it, a batch whose levels `continuous_levels` has drawn is noised: sample i has level i.
+        It noises a batch to levels that `continuous_levels` has drawn, sample i to level i.
         """
         return _ProcessAtLevels(self, abar)
 
@@ -158,7 +159,7 @@ class Diffusion(nn.Module):
     # what a network's output means
 
     def outputs(self, channels):
-        "Channels that a network must return for images of `channels`, twice as many to learn the variance."
+        "How many channels a network returns for images of `channels`: twice as many if it learns a variance."
         return 2 * channels if self.variance == "learned_range" else channels
 
     def target(self, x0, noise, t):
@@ -173,7 +174,7 @@ class Diffusion(nn.Module):
         return self.signal(t, x0) * noise - self.noise(t, x0) * x0
 
     def to_x0(self, out, x_t, t):
-        """The x0 that an output implies, of x_t's shape and type.
+        """The x0 that follows from a network's output `out` at x_t and t, in x_t's shape and type.
 
         Source: Ho et al. 2020, equation 15; v: Salimans and Ho 2022, section 4.
         """
@@ -185,7 +186,7 @@ class Diffusion(nn.Module):
         return (x_t - self.noise(t, x_t) * out) / self.signal(t, x_t)
 
     def to_eps(self, out, x_t, t):
-        """The noise that an output implies, of x_t's shape and type.
+        """The noise that follows from a network's output `out` at x_t and t, in x_t's shape and type.
 
         Source: Ho et al. 2020, equation 4; v: Salimans and Ho 2022, section 4.
         """
@@ -204,8 +205,9 @@ class Diffusion(nn.Module):
         Source: Ho et al. 2020, equations 6 and 7.
         """
         abar, abar_prev = self._abars(x_t, t, t_prev)
-        of_x0, of_x_t, variance = (w.to(x_t.dtype) for w in posterior_weights(abar, abar_prev))
-        return of_x0 * x0 + of_x_t * x_t, variance.expand_as(x_t)
+        x0_weight, x_t_weight, variance = posterior_weights(abar, abar_prev)
+        mean = x0_weight.to(x_t.dtype) * x0 + x_t_weight.to(x_t.dtype) * x_t
+        return mean, variance.to(x_t.dtype).expand_as(x_t)
 
     def step_back(
         self,
@@ -220,17 +222,17 @@ class Diffusion(nn.Module):
         Source: Ho et al. 2020, equation 7 and section 3.2.
         """
         abar, abar_prev = self._abars(x_t, t, t_prev)
-        of_x0, of_x_t, small = posterior_weights(abar, abar_prev)
+        x0_weight, x_t_weight, small = posterior_weights(abar, abar_prev)  # small: the posterior's variance
         large = 1 - abar / abar_prev  # 1 - α, the variance of the forward step
         if self.variance == "fixed_small":
             variance = small
         elif self.variance == "fixed_large":
             variance = large
         else:
-            # the posterior's variance of the last step is 0, which has no logarithm
+            # in the step to x0 the posterior's variance is 0, which has no logarithm
             small = torch.where(small > 0, small, self.smallest_variance())
             variance = learned_variance(out, x_t, large=large, small=small)
-        mean = of_x0.to(x_t.dtype) * x0 + of_x_t.to(x_t.dtype) * x_t
+        mean = x0_weight.to(x_t.dtype) * x0 + x_t_weight.to(x_t.dtype) * x_t
         return mean, variance.to(x_t.dtype)
 
     def reverse_variance(self, x_t, t, t_prev=None, out=None):
@@ -245,7 +247,7 @@ class Diffusion(nn.Module):
     def smallest_variance(self):
         """The posterior's variance of the step from t = 1 to t = 0, a scalar.
 
-        It replaces the variance of the last step, which is 0 and has no logarithm.
+        It replaces the variance of the step from t = 0 to x0, which is 0 and has no logarithm.
         """
         abar = self.schedule.abar
         if len(abar) == 1:
@@ -276,16 +278,17 @@ class _ProcessAtLevels(Diffusion):
 
 # %% ../../nbs/4_diffusion/02_process.ipynb #process-48
 def ideal_denoiser(process, centres, s):
-    """The best possible denoiser for data that are a mixture of Gaussians, by E[x0 | x_t] in closed form.
+    """The best possible denoiser for data that are a mixture of Gaussians: it knows E[x0 | x_t] exactly.
 
     The Gaussians have equal weights, `centres` `(K, C, H, W)` and the standard deviation `s` in every
-    direction; with s = 0 the centres are a finite data set. The model returns what `process` predicts. It
-    tests samplers and bounds: whatever is wrong with them is then no error of a network.
+    direction; with s = 0 the centres are a finite data set. The denoiser, `model(x, t, cond=None)`, returns
+    what `process` predicts. Samplers and bounds are tested with it: an error is then theirs, not a network's.
 
     Source: Karras et al. 2022, appendix B.3, for s = 0.
     """
 
     def model(x, t, cond=None):
+        "What `process` predicts for images x `(B, C, H, W)` at time inputs t `(B,)`; `cond` is ignored."
         abar = process.abar_seen(t, x)
         signal = abar.sqrt()
         noise = (1 - abar).sqrt()
@@ -293,8 +296,9 @@ def ideal_denoiser(process, centres, s):
 
         to_centres = x[:, None] - (signal.to(x)[:, None] * centres.to(x))
         squared_distances = to_centres.square().flatten(2).sum(2)  # (B, K)
-        shares = torch.softmax(-squared_distances / (2 * rho).to(x).flatten(1), dim=1)
-        mean = torch.einsum("bk,kchw->bchw", shares, centres.to(x))  # m of the formula
+        two_rho = (2 * rho).to(x).flatten(1)  # (B, 1)
+        shares = torch.softmax(-squared_distances / two_rho, dim=1)  # how likely x comes from each Gaussian
+        mean = torch.einsum("bk,kchw->bchw", shares, centres.to(x))  # of the centres, by these shares
 
         gap = x - signal.to(x) * mean
         x0 = mean + (signal * s**2 / rho).to(x) * gap

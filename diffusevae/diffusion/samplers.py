@@ -24,28 +24,34 @@ from .schedules import even_log_snr
 # For T noise levels and n steps, each rule gives n numbers in 0 … T-1, rising: the levels to visit.
 # Only the last rule needs the schedule's log-SNR `(T,)`.
 def _leading(T, n, log_snr):
-    "The first n multiples of T // n, from 0 on."
+    "The first n multiples of T // n, from 0 on; `log_snr` is not needed."
     return np.arange(n) * (T // n)
 
 
 def _linspace(T, n, log_snr):
-    "Evenly spaced numbers from 0 to T-1, both included, rounded."
+    "n evenly spaced numbers from 0 to T-1, both included, rounded; `log_snr` is not needed."
     return np.linspace(0, T - 1, n).round()
 
 
 def _trailing(T, n, log_snr):
-    "Evenly spaced numbers from T/n - 1 to T-1, both included, rounded."
+    "n evenly spaced numbers from T/n - 1 to T-1, both included, rounded; `log_snr` is not needed."
     falling = np.arange(T, 0, -T / n)[:n]  # rounding errors may make arange one number longer
     return falling[::-1].round() - 1
 
 
 def _quad(T, n, log_snr):
-    "Squares of evenly spaced numbers from 0 to √(0.8·T): they are densest where there is little noise."
+    """Squares of n evenly spaced numbers from 0 to √(0.8·T), densest near 0, where there is little noise.
+
+    `log_snr` is not needed.
+
+    Source: Song et al. 2021 (DDIM), appendix D.2; the 0.8 is that of their code.
+    """
     return np.linspace(0, (0.8 * T) ** 0.5, n) ** 2
 
 
 def _even_log_snr(T, n, log_snr):
-    "The levels at which the log-SNR is evenly spaced, rounded; the last one is T-1."
+    "The n levels at which the log-SNR is evenly spaced, rounded; the last one is T-1."
+    # a walk with a `start` has fewer levels than the schedule: its first T
     return even_log_snr(log_snr[:T], n).round()
 
 
@@ -59,8 +65,8 @@ spacings = {
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-distinct
 def distinct(times, T):
-    "Moves whole numbers `times` `(n,)`, rising, n <= T, until all are different and lie in 0 … T-1."
-    # whole numbers are different and rising just if times[k] - k never falls
+    "Rising whole numbers `times` `(n,)`, n <= T, moved until all are different and lie in 0 … T-1."
+    # rising whole numbers are all different if and only if times[k] - k never falls
     k = np.arange(len(times))
     difference = np.maximum.accumulate(times - k)
     difference = np.minimum(difference, T - len(times))  # the last number is then at most T-1
@@ -94,9 +100,10 @@ def _check_seeds(seeds, n):
     "Raises ValueError unless `seeds` is None or a list of `n` seeds."
     if seeds is None:
         return
-    got = len(seeds) if hasattr(seeds, "__len__") else "no list of"
-    if got != n:
-        raise ValueError(f"{got} seeds for {n} samples; give one for each")
+    if not hasattr(seeds, "__len__"):
+        raise ValueError(f"no list of seeds for {n} samples; give one for each")
+    if len(seeds) != n:
+        raise ValueError(f"{len(seeds)} seeds for {n} samples; give one for each")
 
 
 class Noise:
@@ -113,10 +120,12 @@ class Noise:
         self.shape = shape
         self.device = device
         self.generators = None
-        if seeds is not None:  # 2·s + stream is another number for every seed and stream
+        if seeds is not None:
+            # 2·s + stream is a different number for every pair of a seed s and a stream
             self.generators = [torch.Generator().manual_seed(2 * int(s) + stream) for s in seeds]
 
     def __call__(self):
+        "New noise of `shape`, float32 on `device`."
         if self.generators is None:
             return torch.randn(self.shape, device=self.device)
         # on the CPU: a seed gives the same noise on every device
@@ -138,10 +147,12 @@ def dynamic_threshold(x0, quantile):
 
 
 def _clamped(x0):
+    "`x0` with all values in [-1, 1]."
     return x0.clamp(-1, 1)
 
 
 def _as_it_is(x0):
+    "`x0` unchanged."
     return x0
 
 
@@ -166,9 +177,9 @@ def clip_function(clip):
 class Step:
     "One step of a reverse process, as samplers yield it."
 
-    t: int  # where the step started
+    t: int  # the time that the step starts from; in `ddim_invert`, the time that it leads to
     x: torch.Tensor  # the sample after it, (B, …)
-    x0: torch.Tensor  # the clean image predicted at t, (B, …)
+    x0: torch.Tensor  # the clean image that the network predicts in this step, (B, …)
 
 
 @dataclass(frozen=True)
@@ -183,19 +194,21 @@ class Denoised:
 
 
 def denoise_function(model, process, cond=None, clip=True):
-    """A function `denoise(x, t)` that asks the model under the condition and returns a `Denoised`.
+    """A function `denoise(x, t)` that asks the model about `x` `(B, …)` at t and returns a `Denoised`.
 
-    Its t is one number or int64 `(1,)`. `clip` says how x0 is kept in range: True, False or a quantile in
-    (0, 1).
+    t is one number or int64 `(1,)`. The model is given the condition `cond`. `clip` says how x0 is kept in
+    range: True, False or a quantile in (0, 1).
 
-    Raises: ValueError for another `clip`.
+    Raises: ValueError for any other `clip`.
     """
     in_range = clip_function(clip)
 
     @torch.no_grad()
     def denoise(x, t):
+        "What the model says of `x` `(B, …)` at t, one number or int64 `(1,)`: a `Denoised`."
         if not torch.is_tensor(t):
-            t = torch.full((1,), t, device=x.device)  # filled there: a copy would wait for the device
+            # `full` writes on the device itself; a copy of a CPU tensor would wait for the device
+            t = torch.full((1,), t, device=x.device)
         t_of_each = t.expand(len(x))
         out = model(x, process.time_input(t_of_each), cond)
         x0 = in_range(process.to_x0(out, x, t))  # t is (1,): one row of the tables serves the batch
@@ -205,7 +218,11 @@ def denoise_function(model, process, cond=None, clip=True):
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-20
 def _walk(denoise, x, update, times):
-    "Yields a `Step` for each of `times`, falling. `update` computes its x; the last x is the predicted x0."
+    """Yield a `Step` from each of the falling `times` to the next, and from the last one to the predicted x0.
+
+    `update(now, t_prev)` computes the x of every step but the last.
+    """
+    # t_prev is the time to step to; None stands for the end of the walk
     for t, t_prev in zip(times, [*times[1:], None]):
         now = denoise(x, t)
         if t_prev is None:
@@ -232,7 +249,7 @@ def reverse_walk(
 
     In the last step x is the predicted x0.
 
-    Raises: ValueError, in the call itself, for an unknown spacing, steps outside 1 … T, another `clip`, or a
+    Raises: ValueError, in the call itself, for an unknown spacing or `clip`, steps outside 1 … T, or a
     `start` outside of the schedule.
     """
     log_snr = process.schedule.log_snr()
@@ -263,15 +280,20 @@ def final_image(steps):
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-26
 def _step_noise(x_T, seeds, temperature):
-    "A function that draws one step's noise, in the shape and dtype of `x_T`."
+    """A function that draws the noise of one step in the shape and dtype of `x_T`: `temperature` · N(0, 1).
+
+    Raises: ValueError for a negative temperature, or seeds that are not one for each sample.
+    """
     at_least(0, step_temperature=temperature)
     # stream 0 of the same seeds draws x_T: from stream 0 the first step's noise would be x_T once more
     noise = Noise(x_T.shape, seeds, stream=1, device=x_T.device)
 
     def draw():
+        "New noise in the shape and dtype of `x_T`."
         drawn = noise().to(x_T.dtype)
-        # times 1 would give the same numbers: the usual case is spared the multiplication
-        return drawn if temperature == 1 else temperature * drawn
+        if temperature == 1:
+            return drawn  # the usual case is spared a multiplication by 1
+        return temperature * drawn
 
     return draw
 
@@ -296,6 +318,7 @@ def ddpm(
     noise = _step_noise(x_T, seeds, step_temperature)
 
     def update(now, t_prev):
+        "A sample at t_prev: the mean of the DDPM step from `now`, a `Denoised`, plus noise of its variance."
         mean, variance = process.step_back(now.x0, now.x, now.t, t_prev, now.out)
         return mean + variance.sqrt() * noise()
 
@@ -325,6 +348,7 @@ def ddim(
     noise = _step_noise(x_T, seeds, step_temperature)
 
     def update(now, t_prev):
+        "x at t_prev: x0 and eps of `now`, a `Denoised`, mixed for that time, with fresh noise if eta > 0."
         eps = process.eps_from_x0(now.x0, now.x, now.t)  # from the clipped x0, so that both make up x_t
         if eta == 0:  # no fresh noise: none is drawn
             return process.add_noise(now.x0, eps, t_prev)
@@ -332,6 +356,7 @@ def ddim(
         abar_prev = process.abar(t_prev, eps)
         _, _, posterior_variance = posterior_weights(abar, abar_prev)
         variance = eta**2 * posterior_variance  # σ² of equation 16
+        # rounding errors may make a variance slightly negative: hence both clamps
         eps_weight = (1 - abar_prev - variance).clamp(min=0).sqrt().to(eps.dtype)
         sigma = variance.clamp(min=0).sqrt().to(eps.dtype)
         return process.signal(t_prev, eps) * now.x0 + eps_weight * eps + sigma * noise()
@@ -354,8 +379,9 @@ def dpm_solver(model, process, x_T, *, seeds=None, **walk):
     last_lam = None
 
     def update(now, t_prev):
+        "x at t_prev: DDIM's step from `now`, a `Denoised`, with the extrapolated x0, D, in place of its x0."
         nonlocal last_x0, last_lam
-        # λ = log(signal / noise), half the log-SNR, at both ends of the step
+        # λ = log(signal / noise), half the log-SNR, at the step's start t and at its end s = t_prev
         lam_t = torch.logit(process.abar(now.t, now.x)) / 2
         lam_s = torch.logit(process.abar(t_prev, now.x)) / 2
         D = now.x0
@@ -385,6 +411,7 @@ def heun(model, process, x_T, *, seeds=None, **walk):
     _check_seeds(seeds, len(x_T))
 
     def update(now, t_prev):
+        "x at t_prev: DDIM's step from `now`, a `Denoised`, corrected by a second network call at its end."
         eps = process.eps_from_x0(now.x0, now.x, now.t)
         guess = process.add_noise(now.x0, eps, t_prev)
         # with signal = cos φ and noise = sin φ, at the step's start t and its end s = t_prev
@@ -422,8 +449,9 @@ def ddim_invert(
 ):
     """DDIM upwards: from images `x0` to the x_T that `ddim` leads back to them. Yields `Step`s.
 
-    In the last step x is x_T. Each step uses the eps predicted at its lower end in place of the one at its
-    upper end. Nothing is clipped; walk back with `clip=False`.
+    The t of a step is the level that it leads to; in the last step x is x_T. Each step uses the eps that is
+    predicted at its lower end in place of the one at its upper end. Nothing is clipped; walk back with
+    `clip=False`.
 
     Raises: ValueError, in the call itself, for an unknown spacing, steps outside 1 … T, or corrections
     below 0.
@@ -442,14 +470,14 @@ def _walk_up(
     times,  # the noise levels to visit, rising
     corrections,  # how often each step is repeated
 ):
-    "Yields a `Step` to each of `times`, which rise. It starts from clean images, which count as t = -1."
+    "Yields a `Step` to each of the rising `times`; the first one starts from clean images, t = -1."
     for t, above in zip([-1, *times], times):
         below = x
-        asked_at = max(t, times[0])  # no network knows t = -1: a clean image is shown as at the first level
+        asked_at = max(t, times[0])  # no network knows t = -1: a clean image is passed off as at times[0]
         for _ in range(1 + corrections):
             now = denoise(x, asked_at)
             x = _step_up(process, below, t, above, now)
-            asked_at = above  # corrections ask at the upper end
+            asked_at = above  # a correction asks of the new x, at the upper end
         yield Step(above, x, now.x0)
 
 
@@ -461,7 +489,7 @@ def _step_up(
     above,  # the time to step to
     now,  # a Denoised: what the network says
 ):
-    "The x at `above` from which DDIM with the eps of `now` steps to `x` at `t`, -1 for a clean image."
+    "The x at the time `above` from which a DDIM step with the eps of `now` leads back to `x` at t."
     eps = process.eps_from_x0(now.x0, now.x, now.t)
     abar = process.abar(torch.full_like(now.t, t), x)
     signal = abar.sqrt().to(x.dtype)

@@ -22,7 +22,7 @@ from ..core.pixels import column
 def linear(T=1000, start=1e-4, end=0.02):
     """Betas in equal steps from `start` to `end`: float64 `(T,)`.
 
-    The ends suit T = 1000: a shorter schedule needs larger ones to reach pure noise.
+    The default ends suit T = 1000: a shorter schedule needs larger ones to reach pure noise.
 
     Source: Ho et al. 2020, section 4.
     """
@@ -34,7 +34,8 @@ def quadratic(T=1000, start=1e-4, end=0.02):
 
     Source: tried by Ho et al. 2020, appendix B; the formula is that of their code.
     """
-    return linear(T, start**0.5, end**0.5) ** 2
+    roots = linear(T, start=start**0.5, end=end**0.5)
+    return roots**2
 
 
 def scaled_linear(T=1000, start=0.00085, end=0.012):
@@ -68,6 +69,7 @@ def cosine(T=1000, s=0.008):
     """
 
     def abar(u):
+        "The curve at u in [0, 1], up to a constant factor: `betas_of` divides by its value at 0."
         return torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
 
     return betas_of(abar, T)
@@ -80,9 +82,11 @@ def sigmoid(T=1000, start=-3.0, end=3.0, tau=1.0):
 
     Source: Jabri et al. 2022; the formula is that of Chen 2023, algorithm 1.
     """
+    # the values of the logistic function at both ends of the curve
     first, last = torch.sigmoid(torch.tensor([start / tau, end / tau], dtype=torch.float64))
 
     def abar(u):
+        "The curve at u in [0, 1]: 1 where the sigmoid is `first`, at u = 0, and 0 where it is `last`."
         x = u * (end - start) + start  # rises from start to end
         return (last - torch.sigmoid(x / tau)) / (last - first)
 
@@ -123,6 +127,7 @@ class NoiseLevels(nn.Module):
         self._add_tables(abar=abar, sqrt_abar=abar.sqrt(), sqrt_1m_abar=(1 - abar).sqrt())
 
     def _add_tables(self, **tables):
+        "Register each of the named `tables` as a buffer that no checkpoint holds."
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
@@ -183,10 +188,10 @@ def zero_terminal_snr(betas):
 
     Source: Lin et al. 2024, algorithm 1.
     """
-    root = torch.cumprod(1 - betas.double(), dim=0).sqrt()
-    first, last = root[0], root[-1]
-    root = (root - last) * first / (first - last)
-    abar = root**2
+    sqrt_abar = torch.cumprod(1 - betas.double(), dim=0).sqrt()
+    first, last = sqrt_abar[0], sqrt_abar[-1]
+    sqrt_abar = (sqrt_abar - last) * first / (first - last)
+    abar = sqrt_abar**2
     abar_before = torch.cat([torch.ones_like(abar[:1]), abar[:-1]])  # abar_{t-1}, and 1 before t = 0
     return 1 - abar / abar_before
 

@@ -172,7 +172,7 @@ class UNetLevel(nn.Module):
         self.up = nn.ModuleList(up)
 
     def _below(self, x, emb):
-        "The output of the lower levels for x, in the size of x; at the last level, that of the bottom."
+        "x after the lower levels or, at the last level, after the bottom of the U; height and width stay."
         if isinstance(self.lower, UNetMiddle):
             return self.lower(x, emb)
         to_coarse, inner, to_fine = self.lower
@@ -216,7 +216,7 @@ def _set_norm_eps(net, eps):
 
 # %% ../../nbs/4_diffusion/04_unet.ipynb #unet-22
 def _check_part(network_name, name, part, shape):
-    "ValueError unless a part of the condition has the shape `shape`, or is absent where `shape` is None."
+    "Raise ValueError unless the condition's part has the shape `shape`, or is None where `shape` is None."
     if shape is None:
         if part is not None:
             raise ValueError(f"the condition's {name} is given, but this {network_name} was built without it")
@@ -301,7 +301,7 @@ class UNet(Denoiser):
         size,  # pixels of a side of the square images
         channels=1,  # of the images
         width=32,  # channels of the stem
-        multipliers=(1, 2),  # for each level, half as large as the one before: its channels over `width`
+        multipliers=(1, 2),  # channels of each level in units of `width`; each further level halves the size
         blocks=1,  # residual blocks of a level on the way down; there is one more on the way up
         attention=(),  # resolutions in pixels that have attention, besides the lowest
         heads=1,  # number of heads of each attention
@@ -334,7 +334,7 @@ class UNet(Denoiser):
             scale_shift=scale_shift,
             head_channels=head_channels,
         )
-        # `attention` counts pixels of the image, a level's grid has `patch` times fewer on a side
+        # `attention` counts pixels of the image; a level's grid has `patch` times fewer on a side
         attention_sizes = [pixels // patch for pixels in attention if pixels % patch == 0]
         self.levels = UNetLevel(
             size=size // patch,
@@ -374,6 +374,7 @@ def attention_maps(model, x_t, t, cond=None):
     maps = {}
 
     def keep_map(name, module, args):
+        "Keep the weights of the attention `module`, which is about to be called with `args`."
         maps[name] = module.weights(*args)
 
     hooks = []

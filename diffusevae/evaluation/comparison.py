@@ -20,36 +20,40 @@ from ..core.records import records_of_study
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-06
 def _records_by_end(study):
-    """The records of a study's runs by the names of their folders, the one that ended first in front.
+    """A dict of the records of a study's runs, by the names of the runs' folders, in the order of their ends.
 
-    Raises: ValueError where there is no such folder.
+    Raises: ValueError if the study has no folder.
     """
     if not Path(study).is_dir():
         raise ValueError(f"no study at {study}; give the folder that holds the folders of its runs")
 
     def end(item):
+        "When a run ended, as text; the empty text of a run without an end comes first."
         _, record = item
         return record.get("end") or ""
 
     return dict(sorted(records_of_study(study).items(), key=end))
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-07
-def _number(value):
-    "Is this a number that can be averaged and compared? Neither a gap nor a flag is."
+def _is_finite_number(value):
+    "Is this value a finite int or float, which can be averaged? None, texts and bools are not."
     return type(value) in (int, float) and math.isfinite(value)
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-09
 def _with_ratio(metrics, G):
-    "The metrics of a model that are known, with `fid_over_G` if its FID and that of `G` are."
+    """The `metrics` of a model without those that are None or NaN, as a dict.
+
+    `fid_over_G` is added if both the model and the baseline G, whose metrics are `G`, have an FID.
+    """
     known = {}
     for name, value in metrics.items():
-        is_nan = value != value
+        is_nan = value != value  # NaN alone differs from itself
         if value is not None and not is_nan:
             known[name] = value
     fid = known.get("fid")
-    base = G.get("fid")
-    if _number(fid) and _number(base) and base > 0:
-        known["fid_over_G"] = fid / base
+    fid_of_G = G.get("fid")
+    if _is_finite_number(fid) and _is_finite_number(fid_of_G) and fid_of_G > 0:
+        known["fid_over_G"] = fid / fid_of_G
     return known
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-10
@@ -71,9 +75,9 @@ def evaluations_of(study):
             evaluations[run] = record["metrics"]["models"]
     if not evaluations:
         incomplete = ", ".join(f"{run} is {status}" for run, status in left_out.items())
-        others = incomplete or f"{len(records)} other runs"
+        instead = incomplete or f"{len(records)} other runs"
         raise ValueError(
-            f"no completed evaluation in {study} ({others}); run the notebook evaluate into it first"
+            f"no completed evaluation in {study} ({instead}); run the notebook evaluate into it first"
         )
 
     newest_G = {}
@@ -82,7 +86,7 @@ def evaluations_of(study):
 
     models = {}
     for evaluation in evaluations.values():
-        G = evaluation.get("G", newest_G)
+        G = evaluation.get("G", newest_G)  # an evaluation without a G of its own is compared with the newest
         for name, metrics in evaluation.items():
             models.setdefault(name, {}).update(_with_ratio(metrics, G))
     return {"models": models, "runs": list(evaluations), "left_out": left_out}
@@ -102,17 +106,17 @@ usual_metrics = (  # the columns of a table, as far as some model has them
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-17
 def cell_text(value):
-    """A value as a table shows it: three digits, whole numbers in full, – for what is missing or no number.
+    """A value as the text of a table's cell: three digits, whole numbers in full, – for None, NaN or a bool.
 
-    An entry of `across_studies` is shown as mean ± standard deviation, a text as it is.
+    An entry of `across_studies`, a dict, becomes mean ± standard deviation; a text stays as it is.
     """
     if isinstance(value, dict):
         deviation = value["std"]
-        spread = f" ± {cell_text(deviation)}" if _number(deviation) and deviation > 0 else ""
+        spread = f" ± {cell_text(deviation)}" if _is_finite_number(deviation) and deviation > 0 else ""
         return cell_text(value["mean"]) + spread
     if isinstance(value, str):
         return value
-    if not _number(value):
+    if not _is_finite_number(value):
         return "–"
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
@@ -120,7 +124,7 @@ def cell_text(value):
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-18
 def comparison_rows(models, columns=None):
-    """Rows of text, the first one a head: a model and its metrics each.
+    """A table as a list of rows of text: the header, then for each model its name and its metrics.
 
     `models` are those of `evaluations_of`, or what `across_studies` returns. `columns` are metrics; None
     takes those of `usual_metrics` that some model has. n always stands last.
@@ -128,7 +132,8 @@ def comparison_rows(models, columns=None):
     if columns is None:
         measured = set().union(*models.values())
         columns = [metric for metric in usual_metrics if metric in measured]
-    columns = [metric for metric in columns if metric != "n"] + ["n"]
+    columns = [metric for metric in columns if metric != "n"]
+    columns.append("n")
     rows = [["model", *columns]]
     for name, metrics in models.items():
         cells = [cell_text(metrics.get(metric)) for metric in columns]
@@ -172,7 +177,7 @@ def markdown_table(header, rows):
 
 
 def _table_line(cells):
-    "One line of a table in Markdown, in which a bar inside of a cell is no border."
+    "One line of a table in Markdown; a bar inside a cell is escaped and ends no cell."
     escaped = [str(cell).replace("|", "\\|") for cell in cells]
     return "| " + " | ".join(escaped) + " |"
 
@@ -184,22 +189,23 @@ def comparison_markdown(rows):
     """
     header = [metric_headings.get(column, column) for column in rows[0]]
     text = markdown_table(header, rows[1:]) + "\n"
-    different_n = {row[-1] for row in rows[1:]} - {"–"}
+    different_n = {row[-1] for row in rows[1:]} - {"–"}  # n stands in the last column
     if len(different_n) > 1:
         text += "\nn differs between rows. FID falls with n: compare rows of equal n only.\n"
     return text
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-23
 def _spread(rows):
-    """Of each metric that some row has as a number: `{"mean", "std", "values"}`.
+    """Each metric's mean and spread over `rows`, dicts of metrics: `{metric: {"mean", "std", "values"}}`.
 
-    The sample standard deviation is None for one value.
+    A metric of which no row has a number is left out. `std`, the sample standard deviation, is None for one
+    value.
     """
     values_of = {}
     for row in rows:
         for metric, value in row.items():
             values = values_of.setdefault(metric, [])
-            if _number(value):
+            if _is_finite_number(value):
                 values.append(float(value))
 
     spread = {}
@@ -213,8 +219,8 @@ def _spread(rows):
 def across_studies(studies):
     """Mean and spread over studies that differ by their seed: `{NAME: {metric: {"mean", "std", "values"}}}`.
 
-    `studies` are folders, or what `evaluations_of` made of them. A model or metric that a study lacks has
-    fewer values.
+    `studies` are folders, or what `evaluations_of` returned for them. A model or metric that a study lacks
+    has fewer values.
     Raises: ValueError for no studies, for a missing folder and for one without a completed evaluation.
     """
     studies = list(studies)
@@ -236,17 +242,18 @@ def ranking(spread, metric="fid"):
 
     Raises: ValueError if none has it.
     """
-    having = [name for name, metrics in spread.items() if metric in metrics]
-    if not having:
-        known = {}  # a dict, because a set has no order
+    names = [name for name, metrics in spread.items() if metric in metrics]
+    if not names:
+        known = {}  # the metrics that there are; a dict, because a set has no order
         for metrics in spread.values():
             known.update(metrics)
         raise ValueError(f"no model has {metric!r}; there are: {', '.join(known) or 'no metrics'}")
 
     def mean(name):
+        "The model's mean of the metric over studies."
         return spread[name][metric]["mean"]
 
-    return sorted(having, key=mean, reverse=metric in higher_is_better)
+    return sorted(names, key=mean, reverse=metric in higher_is_better)
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-29
 def probability_better(spread, a, b, metric="fid"):
@@ -261,9 +268,10 @@ def probability_better(spread, a, b, metric="fid"):
     ties = 0
     for x in values_of_a:
         for y in values_of_b:
+            better = x > y if metric in higher_is_better else x < y
             if x == y:
                 ties += 1
-            elif (x > y) == (metric in higher_is_better):
+            elif better:
                 wins += 1
     return (wins + ties / 2) / (len(values_of_a) * len(values_of_b))
 
@@ -275,10 +283,10 @@ def paired_ratio(
     metric="fid",  # whose values are compared, positive ones
     level=0.95,  # of the interval, in (0, 1)
 ):
-    """How many times model `b`'s value model `a` has, seed by seed: (geometric mean, low, high).
+    """The ratio of model `a`'s value to `b`'s at the same seeds: (geometric mean, low, high).
 
-    The ends are those of Student's interval of the logarithms, NaN for one seed. The seeds must stand in the
-    same order in both: one that either model lacks must be left out of both.
+    `low` and `high` are the ends of Student's interval, taken from the logarithms; for one seed they are NaN.
+    Both models' values must belong to the same seeds in the same order.
     Raises: ValueError for different numbers of seeds, and for values that are not positive.
     Source: Student 1908.
     """
@@ -294,7 +302,7 @@ def paired_ratio(
     mean = statistics.fmean(logarithms)
     if m == 1:
         return math.exp(mean), math.nan, math.nan
-    # t · s / √m
+    # half of Student's interval: t · s / √m, with the standard deviation s of the m logarithms
     half = student.ppf((1 + level) / 2, m - 1) * statistics.stdev(logarithms) / math.sqrt(m)
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
@@ -302,29 +310,29 @@ def paired_ratio(
 def with_interval(ratio):
     """The (mean, low, high) of `paired_ratio` as text: `0.64 (0.28 to 1.48)`.
 
-    It is the mean alone where one seed gives no interval, and – for None.
+    The text is the mean alone where the ends are NaN, and – for None.
     """
     if ratio is None:
         return "–"
     mean, low, high = ratio
     if math.isnan(low):
         return f"{mean:.2f}"
-    digits = 3 if high - low < 0.05 else 2  # a narrow one would be rounded to nothing
+    digits = 3 if high - low < 0.05 else 2  # so that a narrow interval keeps two different ends
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 # %% ../../nbs/2_evaluation/04_comparison.ipynb #comparison-31
 def ranking_figure(spread, metric="fid"):
-    """A figure of the models of `across_studies`, best on top: each seed's value as a dot, the mean as a bar.
+    """A figure of the models of `across_studies`, best on top: a dot for each seed, a line for the mean.
 
-    The bar reaches one standard deviation either way.
+    A bar reaches one standard deviation to either side of the mean.
     Raises: ValueError if no model has the metric.
     """
-    names = ranking(spread, metric)[::-1]
+    names = ranking(spread, metric)[::-1]  # the axis begins at the bottom, the best stands on top
     fig, (ax,) = axes(width=4.8, height=0.4 * len(names) + 0.8)
     for i, name in enumerate(names):
         entry = spread[name][metric]
         values = entry["values"]
-        deviation = entry["std"] if _number(entry["std"]) else 0
+        deviation = entry["std"] if _is_finite_number(entry["std"]) else 0
         ax.errorbar(entry["mean"], i, xerr=deviation, fmt="|", color=palette[0], markersize=12, capsize=4)
         ax.plot(values, [i] * len(values), "o", color=palette[1], markersize=4)
     ax.set_yticks(range(len(names)), names)
@@ -342,8 +350,9 @@ def paired_interval(
     seed=0,  # of the resamples
     level=0.95,  # of the interval, in (0, 1)
 ):
-    """`difference(a, b)` of paired rows, and its middle `level` over resampled pairs: (value, low, high).
+    """The value of `difference(a, b)` for paired rows, and its bootstrap interval: (value, low, high).
 
+    The interval holds the middle `level` of the values for resampled pairs.
     For the change of FID relative to `base` = fid(real, a), a number that is held fixed, the difference is
     `(fid(real, b) - fid(real, a)) / base`.
     Raises: ValueError unless `a` and `b` have equally many rows and there is a resample.

@@ -22,57 +22,65 @@ from .features import train_classifier
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-06
 numeric_factors = ("hue", "size", "x", "y", "background")  # the factors that are plain numbers
 symmetry_orders = (4, 2, 3)  # how often square, ellipse and triangle look the same within a full turn
-fault_names = {"blur": (0.0, 1.0), "noise": (0.0, 0.2)}  # that images have in training, and how much of them
-_rotation = list(shape_factors).index("rotation")
+fault_names = {"blur": (0.0, 1.0), "noise": (0.0, 0.2)}  # of images in training, each with its range
+_rotation_column = list(shape_factors).index("rotation")
 _numeric_columns = [list(shape_factors).index(name) for name in numeric_factors]
 
 
 def _scale(names, like):
-    "Mean and standard deviation of factors or faults, uniform in their ranges; a tensor like `like`."
+    """The means `(K,)` and standard deviations `(K,)` of K factors or faults, by their `names`.
+
+    Each is uniform in its range. The results have the type and device of the tensor `like`.
+    """
     ranges = {**shape_factors, **fault_names}
     bounds = [ranges[name] for name in names]
     low, high = torch.tensor(bounds, dtype=like.dtype, device=like.device).T
     mean = (low + high) / 2
-    deviation = (high - low) / 12**0.5
+    deviation = (high - low) / 12**0.5  # of a uniform distribution: its width over √12
     return mean, deviation
 
 
 def symmetry_order(shape):
-    "The order m of the symmetry of shapes, given as their index `(N,)`; mixtures count as the nearest shape."
+    "The orders m `(N,)` of the symmetry of shapes, given as indices `(N,)`; a mixture counts as the nearest."
     return torch.tensor(symmetry_orders, device=shape.device)[shape.round().long()]
 
 
 def regression_targets(factors):
-    """What the network shall say of factors `(N, 7)`: numbers `(N, 5)` and a direction `(N, 2)`.
+    """The targets of training for factors `(N, 7)`: numbers `(N, 5)` and directions `(N, 2)`.
 
-    The numbers are `numeric_factors`, standardised; the direction is (cos mθ, sin mθ) of the rotation θ.
+    The numbers are `numeric_factors`, standardised. A direction is (cos mθ, sin mθ) of the rotation θ, with
+    the order m of the shape's symmetry.
     """
     mean, deviation = _scale(numeric_factors, factors)
     numbers = (factors[:, _numeric_columns] - mean) / deviation
-    m_theta = factors[:, _rotation].deg2rad() * symmetry_order(factors[:, 0])
-    direction = torch.stack([m_theta.cos(), m_theta.sin()], 1)
+    shape = factors[:, 0]
+    m_theta = factors[:, _rotation_column].deg2rad() * symmetry_order(shape)
+    direction = torch.stack([m_theta.cos(), m_theta.sin()], dim=1)
     return numbers, direction
 
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-10
 def factors_of(shape, numbers, direction):
     """Factors `(N, 7)` from a network's outputs: the inverse of `regression_targets`.
 
-    `shape` `(N,)` is the shape's index, `numbers` `(N, 5)` the standardised `numeric_factors`. `direction`
-    `(N, 2)`, of any length, points at m times the rotation, m the order of the shape's symmetry. So the
-    rotation comes out within ±180° / m.
+    `shape` `(N,)` is the shape's index, `numbers` `(N, 5)` are the standardised `numeric_factors`, and
+    `direction` `(N, 2)`, of any length, has the angle mθ, with the order m of the shape's symmetry. So the
+    rotation θ is found within ±180° / m.
     """
     mean, deviation = _scale(numeric_factors, numbers)
     m_theta = torch.atan2(direction[:, 1], direction[:, 0]).rad2deg()
+    in_units = numbers * deviation + mean
     columns = {"shape": shape, "rotation": m_theta / symmetry_order(shape)}
-    columns.update(zip(numeric_factors, (numbers * deviation + mean).T))
-    return torch.stack([columns[name].to(numbers.dtype) for name in shape_factors], 1)
+    for i, name in enumerate(numeric_factors):
+        columns[name] = in_units[:, i]
+    return torch.stack([columns[name].to(numbers.dtype) for name in shape_factors], dim=1)
 
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-13
 def degrade(x, blur=1.0, noise=0.2):
-    """Images `(B, C, H, W)` in [-1, 1] with slight faults, clipped, and how much of each they have, `(B, 2)`.
+    """Images `(B, C, H, W)` in [-1, 1] with slight faults, clipped, and the amount of each fault, `(B, 2)`.
 
-    Each image is drawn towards its mean over 3 × 3 pixels by a share of up to `blur`, in [0, 1]. Then it is
-    given Gaussian noise of a standard deviation of up to `noise`. Both are uniform, and new for each image.
+    Each image is blurred: moved towards its mean over 3 × 3 pixels by a share of up to `blur`, in [0, 1].
+    Then it gets Gaussian noise with a standard deviation of up to `noise`. Each image has amounts of its
+    own, drawn uniformly.
     """
     most = torch.tensor([blur, noise], device=x.device)
     amount = torch.rand(len(x), 2, device=x.device) * most
@@ -84,12 +92,12 @@ def degrade(x, blur=1.0, noise=0.2):
 
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-16
 def direction_of_shape(directions, shape):
-    "Of a direction for each shape `(B, 3, 2)` the one of `shape`, int64 `(B,)`: `(B, 2)`."
-    return directions.take_along_dim(shape[:, None, None], 1)[:, 0]
+    "The direction `(B, 2)` of each image's `shape`, int64 `(B,)`, out of `directions` of all, `(B, 3, 2)`."
+    return directions.take_along_dim(shape[:, None, None], dim=1)[:, 0]
 
 
 def _squared_error(said, target):
-    "Squares of the differences of two tables `(B, K)`: sums over K, mean over the batch."
+    "The squared error of two tables `(B, K)`: the sum over the K columns, mean over the batch, a scalar."
     return (said - target).square().sum(1).mean()
 
 
@@ -100,11 +108,12 @@ def reading_loss(
     amount,  # the true faults (B, 2), as `degrade` returns them
     weight=0.1,  # of the faults' term in the loss
 ):
-    """The loss and its terms: cross-entropy of the shape in nats, and squared errors, means over the batch.
+    """A dict with the `loss` and its four terms, all means over the batch.
 
-    `numbers` is the error of `numeric_factors`, `rotation` that of the true shape's direction, `faults` that
-    of the `fault_names`, standardised.
-    Raises: ValueError without labels or factors, and for factors of another number.
+    `shape` is the cross-entropy of the shape in nats; the others are squared errors: `numbers` that of the
+    standardised `numeric_factors`, `rotation` that of the true shape's direction, `faults` that of the
+    standardised faults.
+    Raises: ValueError without labels or factors, and for a table with another number of factors.
     """
     if label is None or factors is None or factors.shape[1:] != (len(shape_factors),):
         raise ValueError(
@@ -131,27 +140,27 @@ def reading_loss(
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-20
 @configured
 class FactorRegressor(nn.Module):
-    """Images of `shapes`, float `(B, 3, 32, 32)` in [-1, 1], to `(features (B, 64), logits (B, 3))`.
+    """A network from images of shapes, float `(B, 3, 32, 32)` in [-1, 1], to (features, logits of shapes).
 
-    Once trained, the features' mean square is 1. A system for `core.training.train`, which learns from images
-    with faults by `degrade`.
+    The features `(B, 64)` have the mean square 1 after `train_regressor`; the logits are `(B, 3)`.
+    `core.training.train` can train this system; its `loss` is that of images with faults by `degrade`.
     Raises: ValueError for images of another shape, or without factors in training.
     """
 
-    takes_floats = True  # in [-1, 1]; `load_features` puts what converts uint8 in front of it
+    takes_floats = True  # in [-1, 1]; for uint8 images, `load_features` wraps the network in `FromUint8`
 
     def __init__(
         self,
         width=14,  # half of the channels of the first convolution
-        features=64,  # numbers that an image becomes, in which metrics compare
-        blur=1.0,  # of training images, up to this share, in [0, 1]
-        noise=0.2,  # of training images, up to this standard deviation
+        features=64,  # numbers in the features of an image, by which metrics compare images
+        blur=1.0,  # largest share of blur in training images, in [0, 1]
+        noise=0.2,  # largest standard deviation of the noise in training images
     ):
         super().__init__()
         w = width
         self.most = (blur, noise)
         self.body = nn.Sequential(
-            nn.PixelUnshuffle(2),
+            nn.PixelUnshuffle(2),  # 2 × 2 pixels of 3 colours become 12 channels
             nn.Conv2d(12, 2 * w, kernel_size=3, padding=1),
             group_norm(2 * w),
             nn.SiLU(),
@@ -162,14 +171,14 @@ class FactorRegressor(nn.Module):
             group_norm(4 * w),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(4 * w * 4 * 4, features),
+            nn.Linear(4 * w * 4 * 4, features),  # 4 w channels of 4 × 4 pixels
             nn.SiLU(),
         )
-        # numbers, a direction of two numbers for each shape, faults
+        # columns of the readings: numeric factors, a direction of two numbers for each shape, faults
         self.reading_sizes = (len(numeric_factors), 2 * len(symmetry_orders), len(fault_names))
-        self.head = nn.Linear(features, 3)
+        self.head = nn.Linear(features, 3)  # logits of the three shapes
         self.read = nn.Linear(features, sum(self.reading_sizes))
-        self.register_buffer("rms", torch.ones(()))  # of what the body gives for the training images
+        self.register_buffer("rms", torch.ones(()))  # root mean square of the body's output
 
     def forward(self, x):
         if x.shape[1:] != (3, 32, 32):
@@ -181,44 +190,46 @@ class FactorRegressor(nn.Module):
         return h / self.rms, self.head(h)
 
     def parts(self, x):
-        """All that the network says of images: (logits, numbers, directions, faults).
+        """All outputs of the network for images `x`: (logits, numbers, directions, faults).
 
-        These are logits of the shapes `(B, 3)`, `numeric_factors` standardised `(B, 5)`, a direction for each
-        shape that the image might show `(B, 3, 2)`, and `fault_names` standardised `(B, 2)`.
+        The logits of the shapes are `(B, 3)`. The numbers `(B, 5)` are the standardised `numeric_factors`,
+        and the faults `(B, 2)` are standardised too. The directions `(B, 3, 2)` are one for each shape that
+        the image might show.
         """
         features, logits = self(x)
-        readings = self.read(features * self.rms)
+        readings = self.read(features * self.rms)  # `read` takes the body's own output
         numbers, directions, faults = readings.split(self.reading_sizes, dim=1)
         return logits, numbers, directions.unflatten(1, (-1, 2)), faults
 
     def factors(self, x):
-        """The factors as read, `(B, 7)` in the order and units of `shape_factors`, θ in ±180° / m.
+        """The factors read in images `x`: `(B, 7)`, in the order and units of `shape_factors`.
 
-        The shape is the likeliest one; all else is differentiable.
+        The shape is the likeliest one, and the rotation lies within ±180° / m, with the order m of that
+        shape's symmetry. All factors but the shape are differentiable.
         """
         logits, numbers, directions, _ = self.parts(x)
         shape = logits.argmax(1)
         return factors_of(shape, numbers, direction_of_shape(directions, shape))
 
     def loss(self, batch):
-        "The loss and its terms by `reading_loss`, for images with faults."
+        "The loss and its terms by `reading_loss`, for the batch's images with random faults."
         x, amount = degrade(batch.x, *self.most)
         return reading_loss(self.parts(x), batch.label, batch.attributes, amount)
 
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-23
 def train_regressor(
-    images=None,  # an `ImageSet` with factors; None draws 16,384 of no split of `load("shapes")`
+    images=None,  # an `ImageSet` with factors; None draws 16,384 new ones
     seed=0,  # of the initial weights and the batches
-    steps=4500,  # of training, a batch each
+    steps=4500,  # optimizer steps
     device="auto",  # where it is trained
-    make=FactorRegressor,  # or what returns such a network with other arguments
+    make=FactorRegressor,  # returns the network to train, such as FactorRegressor with other arguments
 ):
     """A `FactorRegressor` trained by `train_classifier`: averaged weights, and features of mean square 1.
 
     With its defaults, and on a CPU, this call makes the shipped `shapes_factors`.
     """
     if images is None:
-        images = draw_shapes(16_384, seed=2)
+        images = draw_shapes(16_384, seed=2)  # seeds 0 and 1 belong to the splits of `load("shapes")`
     return train_classifier(images, seed, steps, device, make)
 
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-27
@@ -226,16 +237,17 @@ def train_regressor(
 def _read_in_batches(
     regressor,  # a `FactorRegressor`, or the name of a shipped one
     images,  # uint8 (N, 3, 32, 32)
-    read,  # what to read: of the network and floats in [-1, 1]
+    read,  # a function of the network and float images in [-1, 1], that returns a row for each
     batch_size,  # images that the network sees at once
-    device,  # where it sees them
+    device,  # where the network is computed
 ):
-    "What `read(network, x)` returns for images, batch by batch: `(N, …)`, float32 on the CPU."
+    "The rows that `read(network, x)` returns for all images, batch by batch: `(N, …)`, float32 on the CPU."
     device = pick_device(device)
     network = pretrained(regressor) if isinstance(regressor, str) else regressor
     network = network.to(device).eval()
 
     def read_batch(batch):
+        "The rows of a batch of uint8 images."
         return read(network, to_float(batch)).float().cpu()
 
     return map_batches(read_batch, images, batch_size, device)
@@ -249,6 +261,7 @@ def read_factors(images, regressor="shapes_factors", batch_size=256, device="aut
     """
 
     def read(network, x):
+        "The factors `(B, 7)` of float images `x`."
         return network.factors(x)
 
     return _read_in_batches(regressor, images, read, batch_size, device)
@@ -257,12 +270,13 @@ def read_factors(images, regressor="shapes_factors", batch_size=256, device="aut
 def read_shapes(images, regressor="shapes_factors", batch_size=256, device="auto"):
     """The probability of each shape in uint8 images `(N, 3, 32, 32)`: `(N, 3)`, on the CPU.
 
-    It says how far an image is on the way from one shape to another. `regressor` is a `FactorRegressor`, or
-    the name of a shipped one.
+    The probabilities say how far an image is on the way from one shape to another. `regressor` is a
+    `FactorRegressor`, or the name of a shipped one.
     Raises: ValueError for floats, for images of another shape, and for an unknown name.
     """
 
     def read(network, x):
+        "The probabilities `(B, 3)` of the shapes in float images `x`."
         _, logits = network(x)
         return logits.softmax(1)
 
@@ -277,18 +291,20 @@ def read_faults(images, regressor="shapes_factors", batch_size=256, device="auto
     """
 
     def read(network, x):
+        "The standardised faults `(B, 2)` of float images `x`."
         _, _, _, faults = network.parts(x)
         return faults
 
     standardised = _read_in_batches(regressor, images, read, batch_size, device)
-    mean, deviation = _scale(fault_names, torch.zeros(()))
+    mean, deviation = _scale(fault_names, like=standardised)
     return standardised * deviation + mean
 
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-28
 def factor_change(before, after):
-    """after - before of factors `(N, 7)`, in their units; the rotation by the shorter way.
+    """The change after - before of factors `(N, 7)`, in their units, with the rotation's by the shorter way.
 
-    What the shorter way is depends on the symmetry of the shape before.
+    A shape of symmetry m looks the same after 360° / m, so its rotation changes by at most half of that. The
+    symmetry is that of the shape before.
     Raises: ValueError for anything else than two tables of one shape `(N, 7)`.
     """
     if before.shape != after.shape or before.shape[1:] != (len(shape_factors),):
@@ -298,15 +314,16 @@ def factor_change(before, after):
         )
     change = after - before
     period = 360 / symmetry_order(before[:, 0])
-    change[:, _rotation] = (change[:, _rotation] + period / 2) % period - period / 2
+    rotation = change[:, _rotation_column]
+    change[:, _rotation_column] = (rotation + period / 2) % period - period / 2
     return change
 
 # %% ../../nbs/2_evaluation/03_factors.ipynb #factors-31
 def reading_errors(factors, read):
-    """How well factors `(N, 7)` were `read` `(N, 7)`: a dict of figures for each factor.
+    """How well `read` `(N, 7)` agrees with the true `factors` `(N, 7)`: a dict of figures for each factor.
 
-    The shape has its `accuracy`. Every other one has `mae`, the mean absolute error in the factor's units,
-    and `r2`, the share of variance that is explained.
+    The shape has an `accuracy`. Every other factor has `mae`, the mean absolute error in its units, and `r2`,
+    the share of its variance that is explained.
     Raises: ValueError for anything else than two tables of one shape `(N, 7)`.
     """
     errors = factor_change(factors, read).double()

@@ -110,7 +110,7 @@ def train_classifier(
     device="auto",  # to train on
     make=DigitClassifier,  # returns the system to train; it must have a network `body` and a buffer `rms`
 ):
-    "A trained `DigitClassifier` with averaged weights, whose features have the mean square 1 on `images`."
+    "The trained system of `make()`, with averaged weights, whose features have mean square 1 on `images`."
     torch.manual_seed(seed)
     network = make()
     network = train_briefly(
@@ -127,6 +127,7 @@ def train_classifier(
     )
 
     def squares(batch):
+        "The squares of the body's outputs `(B, d)` for uint8 images."
         return network.body(to_float(batch)).square()
 
     with torch.no_grad():
@@ -147,20 +148,23 @@ class FromUint8(nn.Module):
 
 # %% ../../nbs/2_evaluation/01_features.ipynb #features-18
 def _digit_features():
+    "The shipped digit classifier, for uint8 images."
     return FromUint8(pretrained("digits_classifier"))
 
 
 def _shape_features():
+    "The shipped factor regressor, for uint8 images."
     return FromUint8(pretrained("shapes_factors"))
 
 
 def _inception_features():
+    "Inception, with weights that are downloaded if they are not there."
     return Inception(inception_file())
 
 
 _features_by_name = {
-    "digits": _digit_features,  # the shipped classifier
-    "shapes": _shape_features,  # the shipped factor regressor
+    "digits": _digit_features,
+    "shapes": _shape_features,
     "inception": _inception_features,
 }
 
@@ -174,6 +178,7 @@ def load_features(features="digits", device="auto"):
     Raises: ValueError for an unknown name, RuntimeError when Inception's weights cannot be fetched.
     """
     if not isinstance(features, nn.Module):
+        # an error message begins with these words
         what = "features, where they are no module that returns (features, logits),"
         make = choice(what, features, _features_by_name)
         network = make()
@@ -185,7 +190,7 @@ def load_features(features="digits", device="auto"):
 
 # %% ../../nbs/2_evaluation/01_features.ipynb #features-19
 def _is_features_and_logits(answer):
-    "Is the answer of a network a pair of tables, `(B, d)` and `(B, k)`?"
+    "Whether the answer of a network is a pair of tables, `(B, d)` and `(B, k)`."
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         return False
     return answer[0].ndim == answer[1].ndim == 2

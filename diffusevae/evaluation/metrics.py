@@ -18,7 +18,7 @@ from .features import extract_features
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-06
 class PassThrough(nn.Module):
-    "Returns features `(N, d)` unchanged; torchmetrics' classes are given this in place of a network."
+    "A module that returns features `(N, d)` unchanged; torchmetrics' classes get it in place of a network."
 
     def __init__(self, num_features):
         super().__init__()
@@ -29,12 +29,13 @@ class PassThrough(nn.Module):
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-07
 def _metric(make, updates, seed=0):
-    """What a torchmetrics object, which `make` returns, computes after `updates`: arguments of its `update`.
+    """The result of the torchmetrics object that `make()` returns, after all `updates`.
 
-    Its random draws come from `seed`; the global random state is left alone.
+    Each of `updates` is a tuple of arguments for its method `update`. Random draws come from `seed`; the
+    global random state is left alone.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # It warns of the features' memory, and of the deviation over one split.
+        # torchmetrics warns of the features' memory, and of the deviation over one split
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)
         metric = make()
@@ -44,37 +45,40 @@ def _metric(make, updates, seed=0):
 
 
 def _real_and_fake(real, fake):
-    "The updates of FID and KID: features, and whether they are of real images."
+    "The two updates of FID and KID: features in float64, and True for those of real images."
     return [(real.double(), True), (fake.double(), False)]
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-08
 def fid(real, fake):
-    """Squared Fréchet distance of the Gaussians with the moments of features `(N, d)` and `(M, d)`.
+    """The squared Fréchet distance of two Gaussians, with the moments of features `(N, d)` and `(M, d)`.
 
     Source: Heusel et al. 2017, equation 6.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     def make():
+        "A new FID, which takes features in place of images."
         return FrechetInceptionDistance(PassThrough(real.shape[1]))
 
     return float(_metric(make, _real_and_fake(real, fake)))
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-11
 def inception_score(logits, splits=1, seed=0):
-    """exp E KL(p(y|x) ‖ p(y)) of logits `(N, k)`, between 1 and k: (mean, deviation) over shuffled parts.
+    """The Inception Score exp E KL(p(y|x) ‖ p(y)) of logits `(N, k)`: (mean, standard deviation) over parts.
 
-    `splits` is the number of parts; the standard deviation of one part is 0.
+    The score of a part lies between 1 and k. The shuffled logits are cut into `splits` parts; with one part
+    the deviation is 0.
     Source: Salimans et al. 2016, section 4.
     """
     from torchmetrics.image.inception import InceptionScore
 
     def make():
+        "A new Inception Score, which takes logits in place of images."
         return InceptionScore(PassThrough(logits.shape[1]), splits)
 
     mean, deviation = _metric(make, [(logits.double(),)], seed)
     if splits == 1:
-        return float(mean), 0.0
+        return float(mean), 0.0  # torchmetrics returns NaN for the deviation of one value
     return float(mean), float(deviation)
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-14
@@ -82,18 +86,20 @@ def kid(
     real,  # features (N, d)
     fake,  # features (M, d)
     subsets=20,  # random subsets, over which the mean is taken
-    size=1000,  # rows of each side in a subset; all there are, where there are fewer
+    size=1000,  # rows of each side in a subset, or as many as the smaller side has
     seed=0,  # of the subsets
 ):
-    """Squared maximum mean discrepancy of features under the kernel (x·y / d + 1)³.
+    """The squared maximum mean discrepancy of two sets of features under the kernel (x·y / d + 1)³: a float.
 
-    Unbiased at every n, so that it may come out below 0. Source: Bińkowski et al. 2018, section 4.
+    The estimate is unbiased at every n, so that it can be below 0.
+    Source: Bińkowski et al. 2018, section 4.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(size, len(real), len(fake))
 
     def make():
+        "A new KID, which takes features in place of images."
         return KernelInceptionDistance(PassThrough(real.shape[1]), subsets=subsets, subset_size=size)
 
     mean, _ = _metric(make, _real_and_fake(real, fake), seed)
@@ -103,22 +109,25 @@ def kid(
 def kth_distance(points, others, k, block=512):
     """The distance from each of `points` `(N, d)` to its k-th nearest of `others` `(M, d)`: `(N,)`.
 
-    Needs memory for `block` × M numbers.
+    At a time, `block` × M distances are held in memory.
     """
 
     def of_block(rows):
+        "The distances of some points, `(block,)`."
         return torch.cdist(rows, others).kthvalue(k, dim=1).values
 
     return map_batches(of_block, points, batch_size=block)
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-19
 def share_inside(points, centres, radii, block=512):
-    """The share of `points` `(N, d)` in a ball around some of `centres` `(M, d)`; the radii are `(M,)`.
+    """The share of `points` `(N, d)` that lie in at least one ball, in [0, 1].
 
-    Needs memory for `block` × M numbers.
+    The balls have the `centres` `(M, d)` and the `radii` `(M,)`. At a time, `block` × M distances are held in
+    memory.
     """
 
     def of_block(rows):
+        "Whether each of some points lies in a ball, bool `(block,)`."
         return (torch.cdist(rows, centres) <= radii).any(dim=1)
 
     inside = map_batches(of_block, points, batch_size=block)
@@ -126,10 +135,10 @@ def share_inside(points, centres, radii, block=512):
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-20
 def precision_recall(real, fake, k=3, device="auto"):
-    """(precision, recall) of samples' features, `fake` `(M, d)`, against those of real images, `(N, d)`.
+    """The pair (precision, recall) of samples' features, `fake` `(M, d)`, against `real` ones, `(N, d)`.
 
-    Precision is the share of samples in the balls of the real images, which reach to their k-th neighbour.
-    Recall is the share of real images in the balls of the samples.
+    Each image has a ball that reaches to the k-th neighbour of its own kind. Precision is the share of
+    samples in the balls of the real images, recall the share of real images in the balls of the samples.
     Raises: ValueError unless both have more than k rows.
     Source: Kynkäänniemi et al. 2019, equations 1 and 2.
     """
@@ -154,8 +163,8 @@ fewest_images = 8  # images on each side that `evaluate` asks for; with fewer, t
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-29
 def evaluate(
-    real,  # uint8 images (N, C, H, W), or what `extract_features` returned for them, to do it once only
-    fake,  # uint8 images (M, C, H, W) to compare with them, in any order, or what it returned for these
+    real,  # uint8 images (N, C, H, W), or the pair that `extract_features` returned for them
+    fake,  # uint8 images (M, C, H, W) to compare with them, in any order, or their pair
     features="digits",  # a name or a module that `load_features` takes
     splits=1,  # parts for the Inception Score; with more than one, their deviation is returned as well
     k=3,  # the neighbour to which the balls of precision and recall reach
@@ -166,46 +175,47 @@ def evaluate(
 ):
     """FID, Inception Score, KID, precision and recall of samples as a dict, with the sizes `n` and `n_real`.
 
-    It warns when n is not above the number of features.
+    A warning is given unless both sizes are above the number of features.
     Raises: ValueError for images of floats, and for fewer than `fewest_images` on either side.
     """
 
     def extracted(images):
+        "The features and logits of images, or the pair itself if that is given."
         if isinstance(images, tuple):
             return images
         return extract_features(images, features, batch_size, device)
 
     real_features, _ = extracted(real)
     fake_features, logits = extracted(fake)
-    fewer = min(len(real_features), len(fake_features))
+    smaller_n = min(len(real_features), len(fake_features))
     dimensions = real_features.shape[1]
-    if fewer < fewest_images:
+    if smaller_n < fewest_images:
         raise ValueError(
             f"at least {fewest_images} images are needed on both sides, "
             f"got {len(real_features)} real and {len(fake_features)} fake; hundreds make sense"
         )
-    if fewer <= dimensions:
+    if smaller_n <= dimensions:
         warnings.warn(
-            f"{fewer} images for {dimensions} features: the FID is mostly its bias",
+            f"{smaller_n} images for {dimensions} features: the FID is mostly its bias",
             stacklevel=2,
         )
     score, deviation = inception_score(logits, splits, seed)
     precision, recall = precision_recall(real_features, fake_features, k, device)
-    found = {"fid": fid(real_features, fake_features), "inception_score": score}
+    figures = {"fid": fid(real_features, fake_features), "inception_score": score}
     if splits > 1:
-        found["inception_score_std"] = deviation
-    found["kid"] = kid(real_features, fake_features, kid_subsets, seed=seed)
-    found["precision"] = precision
-    found["recall"] = recall
-    found["n"] = len(fake_features)
-    found["n_real"] = len(real_features)
-    return found
+        figures["inception_score_std"] = deviation
+    figures["kid"] = kid(real_features, fake_features, kid_subsets, seed=seed)
+    figures["precision"] = precision
+    figures["recall"] = recall
+    figures["n"] = len(fake_features)
+    figures["n_real"] = len(real_features)
+    return figures
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-33
 def reconstruction(images, reconstructed):
-    """`mse`, `psnr` (dB) and `ssim` of uint8 images `(N, C, H, W)` and reconstructions, means over images.
+    """A dict with `mse`, `psnr` (dB) and `ssim` of uint8 images `(N, C, H, W)` and their reconstructions.
 
-    Bytes count as numbers in [0, 1]. A perfect reconstruction has infinite PSNR.
+    Each is a mean over images, for pixels scaled to [0, 1]. A perfect reconstruction has infinite PSNR.
     Raises: ValueError for floats, and for shapes that differ.
     Source of SSIM: Wang et al. 2004, equation 13.
     """
@@ -226,12 +236,13 @@ def reconstruction(images, reconstructed):
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-36
 def _moments(images, block=2048):
-    """Mean `(d,)` and covariance `(d, d)` of the pixels in [-1, 1] of uint8 images, in float64.
+    """The mean `(d,)` and covariance `(d, d)` of uint8 images' d pixels, scaled to [-1, 1], in float64.
 
-    The floats of `block` images are held at a time, not those of all.
+    To save memory, only `block` images at a time are converted to floats.
     """
 
     def pixels(part):
+        "The pixels `(block, d)` of some images."
         return to_float(part.cpu().flatten(1)).double()
 
     total = 0
@@ -247,9 +258,9 @@ def _moments(images, block=2048):
 
 # %% ../../nbs/2_evaluation/02_metrics.ipynb #metrics-37
 def gaussian_baseline(images, n, seed=0):
-    """G: `n` uint8 images from the Gaussian with the mean and the full covariance of the pixels of `images`.
+    """The baseline G: `n` uint8 images `(n, C, H, W)`, drawn by `seed` from a Gaussian fitted to `images`.
 
-    These are uint8 `(N, C, H, W)`. `seed` is that of the draw.
+    The Gaussian has the mean and the full covariance of the pixels of `images`, uint8 `(N, C, H, W)`.
     """
     mean, covariance = _moments(images)
     pixels = draw_gaussian(mean, covariance, n, torch.Generator().manual_seed(seed))
@@ -260,13 +271,13 @@ def floors(
     train,  # uint8 images (N, C, H, W) of the training split
     test,  # uint8 images (M, C, H, W) of the test split
     features="digits",  # a name or a module that `load_features` takes
-    seed=0,  # of the resample, and for `evaluate`
+    seed=0,  # of the resample, and of the draws in `evaluate`
     **arguments,  # further arguments of `evaluate`
 ):
-    """How good a perfect model could look: `evaluate` of a bootstrap resample of `train`, and of `test`.
+    """The metrics that a perfect model could reach: `{"bootstrap": {…}, "test": {…, "note": …}}`.
 
-    Both are compared with `train`: `{"bootstrap": {…}, "test": {…, "note": …}}`. The note says that the FID
-    of the test split is biased by its own n.
+    These are the results of `evaluate` for a bootstrap resample of `train` and for `test`, each compared with
+    `train`. The note says that the FID of the test split is biased by its own n.
     """
     real = extract_features(train, features, device=arguments.get("device", "auto"))
     real_features, real_logits = real
@@ -283,12 +294,13 @@ def floors(
 def memorised_share(samples, train, test, device="auto"):
     """The share of uint8 `samples` that are closer to an image of `train` than any of `test` is, in [0, 1].
 
-    Distances are those of pixels, in L2. A test image that is in the training split as well makes the share
-    0, whatever the samples are.
+    Distances are those of pixels, in L2. If a test image is in `train` as well, its distance is 0 and nothing
+    is closer, so that the share is 0.
     """
     device = pick_device(device)
 
     def pixels(images):
+        "The pixels of uint8 images as rows `(N, d)` in [-1, 1]."
         return to_float(images.flatten(1).to(device))
 
     train = pixels(train)

@@ -31,7 +31,7 @@ def code_directions(draws, dim, seed=0):
         raise ValueError(f"a spread needs at least 2 draws, got {draws}")
     generator = torch.Generator().manual_seed(seed)
     rotations = []
-    for _ in range(math.ceil(draws / dim)):
+    for _ in range(math.ceil(draws / dim)):  # each matrix has `dim` rows
         q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
         rotations.append(q * r.diagonal().sign())  # the signs make q uniform among orthogonal matrices
     return dim**0.5 * torch.cat(rotations)[:draws]
@@ -49,18 +49,20 @@ def pixel_spread(vae, x, draws=8, seed=0):
     if not hasattr(q, "base_dist"):  # a Gaussian over one code is torch's Independent(Normal), which has it
         raise ValueError(f"the posterior of {type(vae).__name__} is no Gaussian over one code; give a VAE")
     z0 = q.mean[:, None] + q.stddev[:, None] * eps.to(q.mean)  # (B, draws, d)
-    z, _ = through_flow(q, vae.flow, z0.flatten(0, 1), draws)
+    z, _ = through_flow(q, vae.flow, z0.flatten(0, 1), draws=draws)
     x_hat = vae.decode(z).unflatten(0, (len(x), draws))  # (B, draws, C, H, W)
     variance = x_hat.var(1)  # over draws: (B, C, H, W)
     return variance.mean(1, keepdim=True).sqrt()
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-12
 def _fit_line(x, y):
-    """The least-squares line of y against x: its slope, its intercept and its mean squared error.
+    """The least-squares line of y against x, both `(N,)`: its slope, intercept and mean squared error.
 
-    Slope and intercept are raised to at least 0 and 1e-4, so that the line is a positive variance everywhere.
+    A slope below 0 becomes 0, and an intercept below 1e-4 becomes 1e-4, so that the line, which is used as a
+    variance, is positive for all x ≥ 0.
     """
     centred = x - x.mean()
+    # the minimum keeps the slope finite, namely 0, if all x are the same
     slope = float(centred @ y / centred.square().sum().clamp(min=1e-12))
     slope = max(0.0, slope)
     intercept = float(y.mean() - slope * x.mean())
@@ -74,8 +76,8 @@ def calibrate(vae, x, draws=8):
     """The fit E[(x − x̂)²] ≈ a · spread(x̂)^p + b over the pixels of held-out images `x` `(B, C, H, W)`.
 
     Returns `{"slope": a, "power": p, "residual": b}`, by least squares with p 1 or 2, a ≥ 0 and b ≥ 1e-4.
-    x̂ is decoded from a code that is drawn from q(z | x) by the global generator. Its spread is estimated
-    from `draws` codes.
+    x̂ is decoded from a code that the global generator draws from q(z | x). The spread of x̂ is estimated
+    from `draws` codes of q(z | x̂).
     Raises: ValueError for a model that is no VAE, a posterior that is no Gaussian over one code, fewer than 2
     draws, and no images or images that are not finite.
     """
@@ -84,18 +86,24 @@ def calibrate(vae, x, draws=8):
         raise ValueError("at least one image is needed to calibrate on, and all must be finite")
     x_hat = vae.reconstruct(x)
     spread = pixel_spread(vae, x_hat, draws).double().flatten()
-    error = (x - x_hat).square().mean(1).double().flatten()
+    error = (x - x_hat).square().mean(1).double().flatten()  # mean over channels
     fits = {power: _fit_line(spread**power, error) for power in (1, 2)}
-    power = min(fits, key=lambda p: fits[p][2])  # the power whose line has the smaller error
+
+    def misfit(power):
+        "The mean squared error of the line that was fitted for this power."
+        _, _, mean_squared_error = fits[power]
+        return mean_squared_error
+
+    power = min(fits, key=misfit)
     slope, residual, _ = fits[power]
     return {"slope": slope, "power": power, "residual": residual}
 
 # %% ../../nbs/5_hybrid/04_adaptive.ipynb #adaptive-17
 @configured
 class ConstantGate(nn.Module):
-    """A gate for comparison: always `value`, in [0, 1], at every pixel and noise level.
+    """A gate for comparison: the same `value`, in [0, 1], at every pixel and noise level.
 
-    Only where the precision is 0, so is the gate.
+    Where the precision is 0, nothing is known of x̂, and the gate is 0.
     Raises: ValueError for a value outside of [0, 1].
     """
 
@@ -152,9 +160,10 @@ class LearnedGate(FixedGate):
 
     def forward(self, x_hat, precision, snr):
         "The gate `(B, 1, H, W)` for x̂ `(B, C, H, W)`, precision `(B, 1, H, W)` and snr `(B, 1, 1, 1)`."
-        # logarithms over 5 are about as large as pixels, so that no input dominates
+        # divided by 5, the logarithms are about as large as pixels, so that no input dominates
         log_precision = precision.log1p() / 5
-        log_snr = snr.clamp(1e-5, 1e5).log().expand_as(precision) / 5
+        finite_snr = snr.clamp(1e-5, 1e5)  # an SNR of 0 or ∞ has no finite logarithm
+        log_snr = finite_snr.log().expand_as(precision) / 5
         out = self.network(torch.cat([x_hat, log_precision, log_snr], dim=1))
         factor = out.to(precision.dtype).clamp(-8, 8).exp()
         return super().forward(x_hat, factor * precision, snr)
@@ -164,8 +173,8 @@ class Gated(nn.Module):
     """A denoiser that takes x̂ and its precision, joined to `(B, C + 1, H, W)`, as its condition's image.
 
     The inner `denoiser` gets g · x̂ and g in their place, where g is what `gate` returns at the noise level.
-    `image_channels` counts the channels of x̂ alone. `config` is that of the inner denoiser: the gate is an
-    argument of the system, and stands in the system's config.
+    The attribute `image_channels` counts the channels of x̂ alone. `config` is that of the inner denoiser,
+    since the gate stands in the config of the whole system, as one of its arguments.
     Raises: ValueError for a denoiser that does not take C + 1 channels beside x_t (`with_wider_condition`),
     and, when called, for a condition without image.
     """
@@ -193,7 +202,7 @@ class Gated(nn.Module):
         "The gate `(B, 1, H, W)` for x̂ joined with its precision, `image`, at the time inputs t `(B,)`."
         x_hat = image[:, :-1]
         precision = image[:, -1:]
-        abar = self.process.abar_seen(t, image)
+        abar = self.process.abar_seen(t, image)  # (B, 1, 1, 1)
         snr = (abar / (1 - abar)).to(image.dtype)
         return self.gate(x_hat, precision, snr)
 
@@ -205,7 +214,7 @@ class Gated(nn.Module):
                 "the system's cond makes it"
             )
         x_hat = cond.image[:, :-1]
-        g = self.opening(cond.image, t)
+        g = self.opening(cond.image, t)  # (B, 1, H, W)
         gated = torch.cat([g * x_hat, g], dim=1)
         return self.denoiser(x_t, t, replace(cond, image=gated))
 
@@ -225,6 +234,7 @@ def with_wider_condition(denoiser):
     channels = denoiser.config["arguments"]["image_channels"]
     narrow = denoiser.stem.weight
     twin = build(with_arguments(denoiser.config, image_channels=channels + 1)).to(narrow)
+    # the stem, the first layer, takes x_t and then the condition's image, so the new channel is its last
     wide = torch.zeros_like(twin.stem.weight)
     wide[:, : narrow.shape[1]] = narrow
     twin.load_state_dict({**denoiser.state_dict(), "stem.weight": wide})
@@ -251,13 +261,13 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         z_noise=0.0,  # share of noise in the codes to train on, in [0, 1]
         cond_drop=0.0,  # share of samples trained without their condition, in [0, 1); guidance needs some
         augment=None,  # a module that changes the x̂ to train on, in training mode; None leaves it
-        slope=1.0,  # error variance = slope · spread^power + residual; at least 0
-        power=2,  # 1 or 2
-        residual=0.01,  # above 0
+        slope=1.0,  # at least 0: the error's variance is slope · spread^power + residual
+        power=2,  # of the spread in this variance, 1 or 2
+        residual=0.01,  # the part of this variance that does not depend on the spread, above 0
         draws=8,  # codes that a spread is estimated from, at least 2
     ):
-        usable = 0 <= slope < math.inf and 0 < residual < math.inf
-        if not usable or power not in (1, 2):
+        is_variance = 0 <= slope < math.inf and 0 < residual < math.inf
+        if not is_variance or power not in (1, 2):
             raise ValueError(
                 "the error's variance must be positive: slope ≥ 0, residual > 0 and power 1 or 2 are needed, "
                 f"got {slope}, {residual} and {power}"
@@ -268,7 +278,7 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         self.power = power
         self.residual = residual
         self.draws = draws
-        # a VAE that has no spread is refused here, and not in the first training step
+        # called for its errors: a VAE that has no spread is refused here, not in the first training step
         blank = torch.zeros(1, vae.channels, vae.size, vae.size).to(next(vae.parameters()))
         pixel_spread(vae, blank, draws)
 
@@ -276,7 +286,8 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
     def precision(self, x_hat):
         """The precision 1 / (slope · spread^power + residual) at each pixel of x̂ `(B, C, H, W)`.
 
-        It is `(B, 1, H, W)`. The spread is that of q(z | x̂), in training too: when sampling, x is unknown.
+        The result is `(B, 1, H, W)`. The spread is that of q(z | x̂), in training too, since there is no x in
+        sampling.
         """
         spread = pixel_spread(self.vae, x_hat, self.draws)
         return 1 / (self.slope * spread**self.power + self.residual)
@@ -287,4 +298,5 @@ class AdaptiveDiffuseVAE(DiffuseVAE):
         Raises: ValueError when z is needed and missing.
         """
         cond = super().cond(x_hat, z)
-        return replace(cond, image=torch.cat([x_hat, self.precision(x_hat)], dim=1))
+        with_precision = torch.cat([x_hat, self.precision(x_hat)], dim=1)  # (B, C + 1, H, W)
+        return replace(cond, image=with_precision)

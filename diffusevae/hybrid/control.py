@@ -95,7 +95,7 @@ def attributes_of(images, names):
 
     Raises: ValueError for a name that is neither an attribute nor a class.
     """
-    return torch.stack([attribute_of(images, name) for name in names], 1)
+    return torch.stack([attribute_of(images, name) for name in names], dim=1)
 
 
 def extremes(values):
@@ -137,7 +137,6 @@ def logistic(codes, values):
     """The normal `(d,)` of the plane that separates codes with an attribute from codes without it.
 
     Logistic regression finds the plane.
-
     `codes` are `(N, d)`, `values` of the attribute `(N,)`; if there are more than two values, only the lowest
     and the highest third of the images count.
     Raises: ValueError for an attribute that never changes or is not finite.
@@ -159,8 +158,9 @@ def regression(codes, values):
     """
     extremes(values)  # called for its errors: values that never change have no direction
     centred_codes = codes - codes.mean(0)
-    centred_values = (values - values.mean())[:, None].to(codes)
-    return torch.linalg.lstsq(centred_codes, centred_values).solution[:, 0]
+    centred_values = (values - values.mean())[:, None].to(codes)  # (N, 1)
+    weights = torch.linalg.lstsq(centred_codes, centred_values).solution  # (d, 1)
+    return weights[:, 0]
 
 
 direction_methods = {"mean": mean_difference, "logistic": logistic, "regression": regression}
@@ -174,7 +174,7 @@ def orthogonal(u, others):
     """
     # The rows of `basis` span `others`. Those with a singular value of (nearly) 0 do not belong to the span.
     _, singular_values, basis = torch.linalg.svd(others, full_matrices=False)
-    basis = basis[singular_values > 1e-4 * singular_values[0]]
+    basis = basis[singular_values > 1e-4 * singular_values[0]]  # relative to the largest, the first
     remainder = u - basis.T @ (basis @ u)
     if remainder.norm() < 1e-4 * u.norm():  # below this it is rounding error
         raise ValueError(
@@ -196,11 +196,13 @@ class GaussianFit:
         n, d = codes.shape
         if n <= d:
             raise ValueError(f"codes of {d} numbers need more than {d} images to find directions in, got {n}")
-        return cls(codes.mean(0), torch.linalg.cholesky(torch.cov(codes.T)))
+        covariance = torch.cov(codes.T)  # torch.cov takes one variable a row
+        return cls(codes.mean(0), torch.linalg.cholesky(covariance))
 
     def whiten(self, z):
         "Whitened codes e `(n, d)`, with z = mean + factor · e: in them, the fit has mean 0 and covariance I."
-        return torch.linalg.solve_triangular(self.factor, (z - self.mean).T, upper=False).T
+        centred = (z - self.mean).T  # (d, n), a column for each code
+        return torch.linalg.solve_triangular(self.factor, centred, upper=False).T
 
     def step(self, e):
         "The step `(…, d)` in codes, factor · e, that belongs to a step e `(…, d)` in whitened codes."
@@ -251,9 +253,11 @@ def curve_of(
     for attribute in values.T:
         extremes(attribute)  # called for its errors: values that never change cannot be scaled
     fit = GaussianFit.of(codes)
-    centre, unit = values.mean(0), values.std(0)
+    centre = values.mean(0)
+    unit = values.std(0)
     inputs = (values - centre) / unit
     targets = fit.whiten(codes)
+    # the network and the batches are drawn by `seed`, and the caller's generators are put back afterwards
     with torch.random.fork_rng(devices=[codes.device] if codes.is_cuda else []):
         torch.manual_seed(seed)
         net = nn.Sequential(
@@ -274,6 +278,7 @@ def curve_of(
     net.requires_grad_(False)
 
     def mean_code(attributes):
+        "The estimated mean codes `(n, d)` of attributes `(n, A)`."
         e = net((attributes - centre) / unit)
         return fit.mean + fit.step(e)
 
@@ -311,7 +316,10 @@ def noise_seeds(n, share, seed=0):
     """
     different = list(range(seed, seed + n))
     before = choice("share", share, {"batch": [seed] * n, "sample": different, "none": different})
-    after = [s + n for s in different] if share == "none" else before
+    if share == "none":
+        after = [s + n for s in different]  # n more: seeds that no sample had before
+    else:
+        after = before
     return before, after
 
 

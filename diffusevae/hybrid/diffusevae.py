@@ -28,6 +28,7 @@ def shifted(denoiser, x_hat):
     """
 
     def denoise_shifted(y, t, cond=None):
+        "The output of `denoiser` for x_t = y_t + x̂."
         return denoiser(y + x_hat, t, cond)
 
     return denoise_shifted
@@ -83,7 +84,7 @@ def first_of_walk(process, x_hat, noise, start=None):
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-23
 def noised_code(z, share):
-    """Noised codes √(1 − share) · z + √share · ε, of codes z `(B, d)`, with ε ~ N(0, I).
+    """The noised codes √(1 − share) · z + √share · ε `(B, d)` of codes `z` `(B, d)`, with ε ~ N(0, I).
 
     `share`, in [0, 1], is the noise's share of the variance: 1 gives a draw from the prior N(0, I).
     At 0 no random number is drawn.
@@ -113,9 +114,9 @@ class Refiner(nn.Module):
         return Cond(image=x_hat, z=z if self.use_z else None)
 
     def model(self, x_hat, guidance=0.0):
-        """The denoiser to hand to the process or to a sampler.
+        """The denoiser to hand to the process or to a sampler, which in form 2 is `shifted` by x̂.
 
-        In form 2 it is `shifted` by x̂. `guidance` is the weight of classifier-free guidance, 0 for none.
+        `guidance` is the weight of classifier-free guidance, 0 for none.
         Raises: ValueError for guidance that was not trained for.
         """
         if guidance and not self.cond_drop:
@@ -123,16 +124,16 @@ class Refiner(nn.Module):
                 "guidance needs a refiner that was trained without its condition at times: "
                 "train with cond_drop > 0, or leave guidance 0"
             )
-        model = cfg(self.denoiser, guidance) if guidance else self.denoiser
-        return shifted(model, x_hat) if self.form == 2 else model
+        denoiser = cfg(self.denoiser, guidance) if guidance else self.denoiser
+        return shifted(denoiser, x_hat) if self.form == 2 else denoiser
 
     def refiner_loss(self, x0, x_hat, z=None):
         """The simple loss of refining x̂ to x0: a scalar, mean over pixels and batch.
 
         In training mode each sample loses its condition with probability `cond_drop`.
         """
-        dropped = self.cond_drop if self.training else 0.0
-        cond = drop_parts(self.cond(x_hat, z), dropped)
+        probability = self.cond_drop if self.training else 0.0
+        cond = drop_parts(self.cond(x_hat, z), probability)
         return diffusion_loss(self.model(x_hat), self.process, x0, cond)
 
     def steps(
@@ -147,7 +148,7 @@ class Refiner(nn.Module):
         noise=None,  # standard normal noise of x̂'s shape, in place of a drawn one
         **walk,  # further keywords of the sampler: the number of steps, spacing, clip, …
     ):
-        """Refine x̂: a generator of `Step`s that ends in x0.
+        """A generator of the sampler's `Step`s, the last of which holds x0, the refinement of x̂.
 
         In form 2, all steps but the last hold y = x − x̂ in the place of x.
 

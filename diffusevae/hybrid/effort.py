@@ -21,15 +21,15 @@ from .diffusevae import Refiner, check_refiner
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-08
 def rms(x):
-    "Root mean square over all but the first axis: `(B, …)` to `(B,)`."
+    "The root mean square of `x` `(B, …)` over all axes but the first: `(B,)`."
     return x.square().flatten(1).mean(1).sqrt()
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-09
 class KeptX0(Refiner):
-    """A refiner that keeps each sample's x0 until it must have drifted, and only then asks `system` again.
+    """A refiner that keeps each sample's predicted x0, and asks `system` for a new one only when it is stale.
 
-    `drift`, rms over pixels, is how far x0 may have moved; with 0 every step asks. `calls` `(B,)` counts the
-    network evaluations of the last walk.
+    An x0 is stale when it is estimated to have moved by `drift` or more, as rms over pixels; with drift 0
+    every step asks. `calls` `(B,)` counts the network evaluations of the last walk.
 
     Raises: ValueError for what does not refine, for a negative drift, and for a learned variance, which a
     kept x0 does not have.
@@ -40,7 +40,8 @@ class KeptX0(Refiner):
         super().__init__()
         check_refiner(system)
         process = system.process
-        if not drift >= 0 or process.variance == "learned_range":
+        drift_is_valid = drift >= 0  # False for NaN too
+        if not drift_is_valid or process.variance == "learned_range":
             raise ValueError(
                 "drift must not be negative, and the variance must be fixed; "
                 f"got drift {drift} and {process.variance}"
@@ -49,27 +50,30 @@ class KeptX0(Refiner):
         self.drift = drift
         self.cond = system.cond
         self.process = Diffusion(process.schedule, "x0", process.variance)
-        self.log_snr = process.schedule.log_snr().clamp(-12, 12)  # λ at each t, (T,)
+        # λ at each t, (T,); it can be infinite at the ends, and differences of it must be finite
+        self.log_snr = process.schedule.log_snr().clamp(-12, 12)
 
     def model(self, x_hat, guidance=0.0):
-        """A denoiser that says x0, the kept one or a new one; with it a new walk begins.
+        """A denoiser that returns x0 `(B, C, H, W)`, kept or new for each sample; a new walk begins with it.
 
         Raises: ValueError for guidance that was not trained for.
         """
-        self.system.model(x_hat, guidance)  # refuses what it cannot do before the first step
+        # called for its errors, which would otherwise come with the first step
+        self.system.model(x_hat, guidance)
         n = len(x_hat)
-        never = self.log_snr.new_full((n,), math.inf)
-        self.x0 = torch.zeros_like(x_hat)  # what the network said last
-        self.asked_at = -never  # log-SNR where it said so
-        self.rate = never.clone()  # rms change of x0 per unit of log-SNR
-        self.stride = never.clone()  # log-SNR between the last two questions
+        infinite = self.log_snr.new_full((n,), math.inf)
+        self.x0 = torch.zeros_like(x_hat)  # the network's last answer
+        self.asked_at = -infinite  # log-SNR of the last evaluation, -∞ before the first one
+        self.rate = infinite.clone()  # rms change of x0 per unit of log-SNR
+        self.stride = infinite.clone()  # log-SNR between the last two evaluations
         self.calls = torch.zeros(n, dtype=torch.int64)  # network evaluations so far
 
         def kept_x0(x, t, cond=None):
+            "The x0 of each sample, asked anew for those that are due."
             t = t.long()
-            passed = self.log_snr[t] - self.asked_at
+            passed = self.log_snr[t] - self.asked_at  # log-SNR since the last evaluation
             drifted = self.rate * passed >= self.drift  # equation (1)
-            too_far = passed >= 2 * self.stride
+            too_far = passed >= 2 * self.stride  # the rate is an estimate, so no stride more than doubles
             due = (drifted | too_far).nonzero()[:, 0]
             if len(due):
                 denoiser = self.system.model(x_hat[due], guidance)
@@ -80,16 +84,19 @@ class KeptX0(Refiner):
         return kept_x0
 
     def _ask(self, denoiser, x, t, cond):
-        "The network's x0 for some samples `(k, C, H, W)` at their times `(k,)`."
+        "The x0 `(k, C, H, W)` that `denoiser` predicts for some samples `x` at their times `t` `(k,)`."
         process = self.system.process
         out = denoiser(x, process.time_input(t), cond)
         return process.to_x0(out, x, t)
 
     def _replace(self, due, x0, t, passed):
-        "Put a new x0 in the place of the kept one of the samples `due`, and note how fast it moved."
+        """Keep a new x0 for the samples with indices `due` `(k,)`, and store how fast it has moved.
+
+        `passed` `(k,)` is the log-SNR since their last evaluation.
+        """
         before = self.x0[due].clamp(-1, 1)
         moved = rms(x0.clamp(-1, 1) - before).to(passed)
-        # the first answer has none before it
+        # a sample's first x0 has moved from none, and has no rate: infinity makes the next step ask again
         self.rate[due] = torch.where(passed < math.inf, moved / passed, math.inf)
         self.x0[due] = x0
         self.asked_at[due] = self.log_snr[t]
@@ -99,9 +106,9 @@ class KeptX0(Refiner):
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-10
 @torch.no_grad()
 def refine_by_drift(system, x_hat, z=None, drift=0.0, **walk):
-    """Refine x̂ `(B, C, H, W)`, asking the network no more often than `drift` demands.
+    """Refinements of x̂ `(B, C, H, W)` by `KeptX0`, and the network evaluations of each, int64 `(B,)`.
 
-    Returns the images and the network evaluations of each, int64 `(B,)`. `walk` are keywords of
+    The network is asked no more often than `drift` demands. `walk` are keywords of
     `Refiner.steps`, such as seeds, steps and start; `z` `(B, d)` is needed by a model with `use_z`.
 
     Raises: ValueError for what does not refine, for a negative drift, for a learned variance, and for what
@@ -113,18 +120,19 @@ def refine_by_drift(system, x_hat, z=None, drift=0.0, **walk):
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-19
 def mean_spread(system, x_hat, z=None, seeds=None):
-    """Root mean square of the spread of each x̂ `(B, C, H, W)`: `(B,)`.
+    """The root mean square of the `pixel_spread` of each x̂ `(B, C, H, W)`: `(B,)`.
 
-    It costs no network evaluation, but an encoding and eight decodings.
+    The spread costs an encoding and eight decodings by the VAE, but no evaluation of the denoiser. `z` and
+    `seeds` are ignored: all measures are called alike.
     """
     return rms(pixel_spread(system.vae, x_hat))
 
 
 @torch.no_grad()
 def first_move(system, x_hat, z=None, seeds=None):
-    """How far one step from half-way, from x̂ noised to T / 2, moves each x̂ `(B, C, H, W)`: rms, `(B,)`.
+    """The distance between each x̂ `(B, C, H, W)` and its refinement in one step from T / 2: rms, `(B,)`.
 
-    It costs one network evaluation.
+    The step costs one network evaluation.
     """
     half_way = system.process.T // 2
     x0 = samplers.final_image(system.steps(x_hat, z, seeds=seeds, steps=1, start=half_way))
@@ -142,7 +150,7 @@ def uncertainty_of(
     z=None,  # their codes, (B, d); needed with use_z
     seeds=None,  # one a sample, for the noise; None: the global generator
 ):
-    """How uncertain each x̂ is, `(B,)`, and what it cost to find out, in network evaluations.
+    """The uncertainty of each x̂, `(B,)`, and the network evaluations that the measure cost for each, an int.
 
     Raises: ValueError for an unknown measure.
     """
@@ -151,24 +159,24 @@ def uncertainty_of(
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-20
 def _buckets_of(uncertainty, edges):
-    "How many of the rising `edges`, a list, lie below each uncertainty `(B,)`: int64 `(B,)`."
+    "The bucket of each uncertainty `(B,)`: how many of the rising `edges` lie below it, int64 `(B,)`."
     return torch.bucketize(uncertainty, torch.tensor(edges).to(uncertainty))
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Which keywords of `refine_by_drift` serve a sample, by the bucket of its uncertainty.
+    """A choice of keywords of `refine_by_drift` for each bucket of uncertainty.
 
-    JSON holds it (`asdict`).
+    All fields fit into JSON (`dataclasses.asdict`).
 
     Raises: ValueError for an unknown measure, edges that do not rise, or another number of choices than of
     buckets.
     """
 
     measure: str  # of uncertainty, a name in `uncertainty_measures`
-    edges: list  # of the buckets, rising; one bucket more than edges
-    choices: list  # keywords for each bucket, the most certain one first
-    # for each bucket {"distance": to the full result, "evaluations": of the network} as it was fitted
+    edges: list  # uncertainties between the buckets, rising; there is one bucket more than edges
+    choices: list  # a dict of keywords for each bucket, the most certain bucket first
+    # for each bucket the means {"distance": to the full result, "evaluations": of the network} in fitting
     fitted: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -181,9 +189,9 @@ class Effort:
             )
 
     def buckets(self, system, x_hat, z=None, seeds=None):
-        """The bucket of each x̂ `(B, C, H, W)`, int64 `(B,)`, 0 the most certain, and what it cost.
+        """The bucket of each x̂ `(B, C, H, W)`, int64 `(B,)`, and the network evaluations that this cost.
 
-        The cost of finding out is in network evaluations: none where there is one bucket.
+        Bucket 0 is the most certain one. With a single bucket nothing is measured, and the cost is 0.
         """
         if not self.edges:
             return torch.zeros(len(x_hat), dtype=torch.int64, device=x_hat.device), 0
@@ -192,10 +200,11 @@ class Effort:
 
 # %% ../../nbs/5_hybrid/07_effort.ipynb #effort-21
 def _cheapest(rows, tried, tolerance):
-    """The index of the cheapest setting within `tolerance` for the samples `rows`, and how it did.
+    """The index of the cheapest setting in `tried` for the samples `rows`, and a dict of its means.
 
-    Each of `tried` is a pair of distances and evaluations, `(B,)`; the first one is the full walk's, at
-    distance 0.
+    Each of `tried` is a pair (distances to the full result `(B,)`, network evaluations `(B,)`). A setting
+    counts if its mean distance is at most `tolerance`; the first one, the full walk at distance 0, always
+    does. `rows` is a mask or a slice.
     """
     within = []
     for i, (distances, calls) in enumerate(tried):
@@ -203,7 +212,7 @@ def _cheapest(rows, tried, tolerance):
         evaluations = float(calls[rows].double().mean())
         if distance <= tolerance:
             within.append((evaluations, i, distance))
-    evaluations, i, distance = min(within)
+    evaluations, i, distance = min(within)  # of equally cheap ones, the first
     return i, {"distance": distance, "evaluations": evaluations}
 
 
@@ -221,15 +230,16 @@ def fit_effort(
 ):
     """An `Effort` for samples like x̂: in each bucket the cheapest setting that stays near the full result.
 
-    Near is a mean distance of at most `tolerance` to what `full` makes of the same noise. Where all buckets
-    choose the same setting, one bucket is left.
+    A setting is near if the mean distance to the results of `full` with the same noise is at most
+    `tolerance`. If all buckets choose the same setting, the `Effort` has a single bucket.
 
     Raises: ValueError for what does not refine, for a tolerance that is not positive, for fewer samples than
     buckets, for images that are not finite, and for an unknown measure.
     """
     check_refiner(system)
     n = len(x_hat)
-    if not tolerance > 0 or not 0 < buckets <= n or not x_hat.isfinite().all():
+    sizes_fit = tolerance > 0 and 0 < buckets <= n
+    if not sizes_fit or not x_hat.isfinite().all():
         raise ValueError(
             "a positive tolerance and no more buckets than samples, all finite, are needed, "
             f"got {tolerance}, {buckets} and {n} samples"
@@ -238,7 +248,7 @@ def fit_effort(
     settings = [full or {"steps": 50}, *candidates]
 
     uncertainty, _ = uncertainty_of(measure, system, x_hat, z, seeds)
-    shares = torch.linspace(0, 1, buckets + 1)[1:-1]
+    shares = torch.linspace(0, 1, buckets + 1)[1:-1]  # of samples below each edge
     edges = torch.quantile(uncertainty, shares.to(uncertainty)).tolist()
     bucket = _buckets_of(uncertainty, edges)
 
@@ -250,20 +260,22 @@ def fit_effort(
     tried = [(rms(images - full_images), calls) for images, calls in results]
 
     best = [_cheapest((bucket == b).cpu(), tried, tolerance) for b in range(buckets)]
-    if len({i for i, _ in best}) == 1:  # nobody needs to be told apart, and measuring would be for nothing
+    different_choices = {i for i, _ in best}
+    if len(different_choices) == 1:  # one bucket is enough, and saves the cost of the measure
         edges = []
         best = [_cheapest(slice(None), tried, tolerance)]
     choices = [dict(settings[i]) for i, _ in best]
-    fitted = [found for _, found in best]
+    fitted = [means for _, means in best]
     return Effort(measure, edges, choices, fitted)
 
 
 @torch.no_grad()
 def sample_adaptive(system, n, effort, seeds=None, **walk):
-    """`n` refined images `(n, C, H, W)` by an `Effort`, and the network evaluations of each, int64 `(n,)`.
+    """The pair of `n` refined images `(n, C, H, W)` and the network evaluations of each, int64 `(n,)`.
 
-    `seeds`, one a sample, fix code and noise as in the system's own `sample`; None draws them by the global
-    generator. `walk` are keywords of `Refiner.steps` for all buckets alike.
+    Each sample is refined with the keywords that `effort` chooses for it. `seeds`, one for each sample, fix
+    its code and noise as in the system's own `sample`; with None, the global generator draws the seeds.
+    `walk` are keywords of `Refiner.steps` for all buckets alike.
 
     Raises: ValueError for what does not refine, or another number of seeds.
     """

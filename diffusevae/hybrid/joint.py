@@ -124,7 +124,7 @@ gradient_stops = ("none", "encoder", "x_hat")
 
 
 def check_joint(vae, stop, vae_lr):
-    """Raises ValueError for a VAE without an objective, an unknown `stop` or a negative `vae_lr`."""
+    "Raises ValueError for a VAE without an objective, an unknown `stop` or a negative `vae_lr`."
     if not isinstance(vae, VAEBase):
         raise ValueError(
             f"joint training needs a VAE with its own objective, got {type(vae).__name__}; "
@@ -219,10 +219,11 @@ class JointDiffuseVAE(TwoStage):
         distances, named = self.hybrid.compare(x_hat, x)
         refiner_x_hat, refiner_z = self.refiner_inputs(z, x_hat)
 
-        # equation (1)
+        # equation (1); nats are divided among the pixels, because the refiner's loss is a mean over them too
         vae = nats / dimensions + distances
         diffusion = self.refiner_loss(x, refiner_x_hat, refiner_z)
-        lambda_vae, lambda_diff = self.lambda_vae(), self.lambda_diff()
+        lambda_vae = self.lambda_vae()
+        lambda_diff = self.lambda_diff()
         loss = lambda_vae * vae + lambda_diff * diffusion
         return {
             "loss": loss,
@@ -299,11 +300,12 @@ def from_two_stage(model, objective=None, **arguments):
     vae, denoiser, process, augment = copy.deepcopy(parts)
     if objective is not None:
         vae = with_objective(vae, objective)
-    arguments_of_model = {
+    joint_arguments = {
         "form": model.form,
         "use_z": model.use_z,
         "z_noise": model.z_noise,
         "cond_drop": model.cond_drop,
         "augment": augment,
     }
-    return JointDiffuseVAE(vae, denoiser, process, **{**arguments_of_model, **arguments})
+    joint_arguments.update(arguments)
+    return JointDiffuseVAE(vae, denoiser, process, **joint_arguments)

@@ -33,18 +33,18 @@ official_settings = {
 
 
 def attention_at(size, rates, levels):
-    """The resolutions in pixels of attention that is asked for by down-sampling rates.
+    """A list of the resolutions in pixels that have attention, where `rates` of down-sampling ask for it.
 
-    They are those that one of the `levels` has; the others vanish. `size` is that of the images.
+    A rate that none of the `levels` has is left out. `size` is that of the images.
     """
     rates_of_levels = [2**i for i in range(levels)]
     return [size // rate for rate in rates if rate in rates_of_levels]
 
 
 def unet_arguments(settings, layout):
-    """The arguments of our `UNet` that `settings` mean in the `layout` openai or ddim.
+    """A dict of arguments for our `UNet`: what official `settings` mean in the `layout` openai or ddim.
 
-    `settings` are a row's `unet` in `official_settings`.
+    `settings` are the `unet` of a row of `official_settings`, which are arguments in the layout ddim.
     """
     if layout == "ddim":
         return settings
@@ -54,9 +54,9 @@ def unet_arguments(settings, layout):
 # %% ../../nbs/5_hybrid/06_published.ipynb #published-15
 @configured
 class UnitRange(nn.Module):
-    """A network that was trained on images in [0, 1], given ours in [-1, 1]: net((x + 1) / 2).
+    """A wrapper for a network `net` that was trained on images in [0, 1]; it returns net((x + 1) / 2).
 
-    `(B, C, H, W)` to whatever `net` returns.
+    Its input x are our images `(B, C, H, W)`, in [-1, 1].
     """
 
     def __init__(self, net):
@@ -69,7 +69,7 @@ class UnitRange(nn.Module):
 
 @configured
 class CodedUNet(unet.UNet):
-    """A `UNet` that z, `(B, z_dim)`, reaches through two layers, silu between.
+    """A `UNet` that embeds the code z `(B, z_dim)` by two linear layers with SiLU between, not by one.
 
     Raises: ValueError for a size that cannot be folded and halved so often, for heads that do not divide the
     channels, and for inputs that it was not built for.
@@ -111,7 +111,7 @@ class CodedUNet(unet.UNet):
             freq_shift=freq_shift,
             norm_eps=norm_eps,
         )
-        emb = 4 * width
+        emb = 4 * width  # length of the embedding
         first = nn.Linear(z_dim, emb)
         second = nn.Linear(emb, emb)
         self.embedding.z = nn.Sequential(first, nn.SiLU(), second)
@@ -152,35 +152,43 @@ official_patterns = {
 
 
 def _place_in_openai(
-    level,  # 0 is the finest
-    way,  # down, up, or lower for what leads to the next level and back, and for the middle
-    part,  # which part of the way, as text
-    attends,  # is it the attention of that part?
-    levels,  # of the whole network
-    blocks,  # of a level on the way down
+    level,  # the part's level, 0 is the finest
+    way,  # down, up, or lower: what leads to the next level and back, or the middle
+    part,  # a block's index; in lower: "0" (down-sampling), "2" (up-sampling), "first" or "second" (middle)
+    attends,  # True for the attention of a block, False for its residual half
+    levels,  # number of levels of the network
+    blocks,  # number of residual blocks of a level on the way down
     attending,  # the levels that have attention
 ):
-    "Where `openai` keeps a part of a level: all blocks of a way stand in one row, whatever their level."
-    per_level = blocks + 1  # on the way down the last is the down-sampling
-    before_down = level * per_level
-    before_up = (levels - 1 - level) * per_level
+    """The beginning of the name that a part of our U-Net has in `openai`.
+
+    There all blocks of the way down stand in one row, whatever their level, and all of the way up in another.
+    """
+    per_level = blocks + 1  # on the way down the last one is the down-sampling
+    before_down = level * per_level  # blocks of the finer levels
+    before_up = (levels - 1 - level) * per_level  # blocks of the coarser levels
+    half = int(attends)  # a block's residual half is its part 0, the attention its part 1
     if way == "down":
-        return f"input_blocks.{1 + before_down + int(part)}.{int(attends)}"
+        return f"input_blocks.{1 + before_down + int(part)}.{half}"  # block 0 is the stem
     if way == "up":
-        return f"output_blocks.{before_up + int(part)}.{int(attends)}"
-    # up-sampling is the last part of the block before it
+        return f"output_blocks.{before_up + int(part)}.{half}"
+    # up-sampling is the last part of the last block of the coarser level, after its attention if it has one
     last_part = 2 if level + 1 in attending else 1
     between_levels = {
         "0": f"input_blocks.{before_down + per_level}.0.op",
         "2": f"output_blocks.{before_up - 1}.{last_part}.conv",
-        "first": f"middle_block.{int(attends)}",
+        "first": f"middle_block.{half}",
         "second": "middle_block.2",
     }
     return between_levels[part]
 
 
 def _place_in_ddim(level, way, part, attends):
-    "Where `ddim` keeps a part of a level: blocks and attentions counted apart, level by level."
+    """The beginning of the name that a part of our U-Net has in `ddim`.
+
+    There each level counts its residual blocks and its attentions apart. The parameters are those of
+    `_place_in_openai`.
+    """
     kind = "attn" if attends else "block"
     if way in ("down", "up"):
         return f"{way}.{level}.{kind}.{part}"
@@ -202,35 +210,36 @@ _name_in_level = re.compile(
 
 
 def official_name(
-    name,  # of a tensor of our VAE or U-Net
-    layout,  # vae, openai or ddim
+    name,  # our name of a tensor of a VAE or U-Net
+    layout,  # the official code's: vae, openai or ddim
     levels=1,  # of the U-Net
     blocks=1,  # of a level of the U-Net on the way down
     attending=(),  # the levels of the U-Net that have attention, 0 the finest
 ):
-    """What a tensor of our VAE or U-Net is called in the official code.
+    """The official code's name for a tensor of our VAE or U-Net.
 
-    Queries, keys and values are `qkv` in both layouts.
+    The official names for queries, keys and values have `qkv` in both layouts of a U-Net (see `joined_qkv`).
     """
     patterns = official_patterns[layout]
-    found = _name_in_level.fullmatch(name)
-    if found is None:
-        return re.sub(rf"^({'|'.join(patterns)})\b", lambda match: patterns[match[0]], name)
-    depth, way, part, half, rest = found.groups()
+    in_level = _name_in_level.fullmatch(name)
+    if in_level is None:  # a tensor of a VAE or of a U-Net's ends: the beginning of its name is replaced
+        beginnings = "|".join(patterns)
+        return re.sub(rf"^({beginnings})\b", lambda match: patterns[match[0]], name)
+    depth, way, part, half, rest = in_level.groups()
     level = depth.count("lower")
     attends = half == "attention"
     if layout == "openai":
         place = _place_in_openai(level, way, part, attends, levels, blocks, attending)
     else:
         place = _place_in_ddim(level, way, part, attends)
-    layer, _, kind = rest.rpartition(".")
+    layer, _, kind = rest.rpartition(".")  # kind is weight or bias
     if half is None:  # down- and up-sampling are one layer each
         return f"{place}.{kind}"
     return f"{place}.{patterns.get(layer, layer)}.{kind}"
 
 
 def official_names(net, layout):
-    "{our name: official name} of all tensors of a `UNet` or `CodedUNet`."
+    "A dict {our name: official name in `layout`} of all tensors of `net`, a `UNet` or `CodedUNet`."
     arguments = net.config["arguments"]
     levels = len(arguments["multipliers"])
     attending = [i for i in range(levels) if net.size // 2**i in arguments["attention"]]
@@ -241,29 +250,31 @@ def official_names(net, layout):
 
 # %% ../../nbs/5_hybrid/06_published.ipynb #published-21
 def tensor_from_official(name, tensor, layout, heads):
-    """A tensor of a U-Net in the official `layout` as it must be under our `name` to compute the same.
+    """The tensor for our `name` that computes the same as `tensor` in a U-Net of the official `layout`.
 
-    `heads` are those of each attention.
+    `heads` is the number of heads of each attention.
     """
     if ".attention." in name and tensor.ndim == 3:
-        tensor = tensor[..., None]  # convolutions over a row of pixels
+        tensor = tensor[..., None]  # a 1-D convolution over a row of pixels becomes a 2-D one
     if name == "embedding.time.0.weight" and layout == "openai":
         half = tensor.shape[1] // 2
-        return tensor.roll(half, dims=1)
+        return tensor.roll(half, dims=1)  # openai's sinusoids begin with the cosines, ours with the sines
+    # the others stay as they are; `fill_by_names` will refuse one whose length does not fit the heads
     if ".qkv." not in name or len(tensor) % (3 * heads):
         return tensor
-    if layout == "openai":
+    if layout == "openai":  # from the order (head; q, k, v; channel) to (q, k, v; head; channel)
         by_head = tensor.unflatten(0, (heads, 3, -1))
         return by_head.transpose(0, 1).flatten(0, 2)
+    # ddim divides the logits by √channels, ours by √(channels / heads): q makes up for the difference
     channels = len(tensor) // 3
     q, k_and_v = tensor.split([channels, 2 * channels])
     return torch.cat([q * heads**-0.5, k_and_v])
 
 # %% ../../nbs/5_hybrid/06_published.ipynb #published-25
 class Inert:
-    """Stands for whatever class a checkpoint names beside its tensors.
+    """An empty class, put in the place of any class that a checkpoint names beside its tensors.
 
-    It takes any arguments and any state, and keeps nothing.
+    Its objects take any arguments and any state, and keep nothing.
     """
 
     def __init__(self, *args, **kwargs):
@@ -273,21 +284,24 @@ class Inert:
         pass
 
 
-_harmless = ("pytorch_lightning.", "lightning.", "omegaconf.", "typing.")
+_harmless = ("pytorch_lightning.", "lightning.", "omegaconf.", "typing.")  # beginnings of names
 
 
 def _classes_in(path):
-    "What a pickled file names beside tensors; nothing for a file of another kind, which its reader judges."
+    """The names of the classes and functions that a pickled file needs beside tensors: a list of texts.
+
+    The list is empty for a missing file or one of another kind; `read_tensors` tells the user about those.
+    """
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # missing, truncated, safetensors: of many kinds
+    except Exception:  # a missing or truncated file, or safetensors, raises errors of many kinds
         return []
 
 
 def read_lightning(path):
-    """The tensors of a Lightning checkpoint, by name, on the CPU; nothing in the file is run.
+    """A dict {name: tensor} of a Lightning checkpoint's tensors, on the CPU; no code in the file is run.
 
-    Plain state dicts and safetensors will do as well.
+    A plain state dict or a safetensors file will do as well.
 
     Raises: ValueError for a file that names foreign code, with what it names and how to convert it, and for
     one without plain tensors; FileNotFoundError where there is none.
@@ -300,14 +314,15 @@ def read_lightning(path):
             "if you trust it, convert it elsewhere: "
             "torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW)"
         )
+    # torch puts Inert in the place of each named class
     with torch.serialization.safe_globals([(Inert, name) for name in named]):
         return read_tensors(path)
 
 # %% ../../nbs/5_hybrid/06_published.ipynb #published-28
 class Mismatch(ValueError):
-    """A file's tensors are not those of a network.
+    """The error for a file, `source`, whose tensors are not those of a network.
 
-    `wrong` names each with what is wrong, the message the first 20 of them.
+    `wrong` is a list of texts, one for each tensor that does not match; the message shows the first 20.
     """
 
     def __init__(self, source, wrong):
@@ -320,11 +335,12 @@ class Mismatch(ValueError):
 
 
 def fill_by_names(model, names, tensors, source):
-    """Put `tensors` into a model by `names`, {ours: theirs}; returns it in evaluation mode.
+    """The `model` in evaluation mode, after `tensors` {their name: tensor} are put into it.
 
-    Raises: Mismatch, which names the `source`, where not all of them fit; the model is left as it was.
+    `names` is {our name: their name}.
+    Raises: Mismatch, which names the file `source`, unless all tensors fit; the model is left as it was.
     """
-    own = {names[name]: tensor for name, tensor in model.state_dict().items()}
+    own = {names[ours]: tensor for ours, tensor in model.state_dict().items()}
     wrong = mismatches(own, tensors)
     if wrong:
         raise Mismatch(source, wrong)
@@ -333,7 +349,7 @@ def fill_by_names(model, names, tensors, source):
 
 
 def _settings_of(networks):
-    "A row of `official_settings` by name, or as it is given. ValueError for an unknown name."
+    "The row of `official_settings` with the name `networks`; if that is no text, it is a row and returned."
     if isinstance(networks, str):
         return choice("networks", networks, official_settings)
     return networks
@@ -342,8 +358,8 @@ def _settings_of(networks):
 def load_official_vae(path, networks="cifar10"):
     """The official first stage in a checkpoint, as a `VAE` on images in [-1, 1], in evaluation mode.
 
-    `networks` names a row of `official_settings` or is one. A second stage's checkpoint serves too if the
-    VAE is in it.
+    `networks` is a row of `official_settings`, or its name. A second stage's checkpoint will do as well if
+    the VAE is in it.
 
     Raises: ValueError for an unknown name, foreign code, and no plain tensors; Mismatch for the tensors of
     another network; FileNotFoundError where there is no file.
@@ -351,6 +367,7 @@ def load_official_vae(path, networks="cifar10"):
     strings = _settings_of(networks)["vae"]
     encoder = autoencoder.BlockEncoder(strings["encoder"], strings["channels"])
     decoder = autoencoder.BlockDecoder(strings["decoder"], strings["channels"])
+    # their squared error of images in [0, 1] is our likelihood in [-1, 1] with this sigma
     vae = VAE(encoder.size, 3, encoder.z_dim, sigma=2**0.5, encoder=UnitRange(encoder), decoder=decoder)
     tensors = {}
     for name, tensor in read_lightning(path).items():
@@ -360,31 +377,40 @@ def load_official_vae(path, networks="cifar10"):
     return fill_by_names(vae, names, tensors, path)
 
 # %% ../../nbs/5_hybrid/06_published.ipynb #published-31
-_tables = re.compile(r"betas|\w*alpha\w*|post_\w+")  # of the schedule, by the betas all alike
+# names of the tables of a schedule, which are no parameters of a network; all follow from the betas
+_tables = re.compile(r"betas|\w*alpha\w*|post_\w+")
 
 
 def _one_network(tensors, average, path):
-    """The tensors of the averaged network or of the trained one, and whatever is of no known part.
+    """The `tensors` of one network, by names without the network's own: the averaged or the trained one.
 
-    ValueError where there is no such network.
+    Tensors of the other network and of the VAE are left out; those of no known part stay in, to be refused.
+    `path` is named in the error.
+    Raises: ValueError if there is no such network.
     """
-    wanted, other = "target_network.", "online_network."
-    if not average:
-        wanted, other = other, wanted
+    if average:
+        wanted = "target_network."
+        other = "online_network."
+    else:
+        wanted = "online_network."
+        other = "target_network."
     if f"{wanted}betas" not in tensors:
         raise ValueError(
             f"{path} has no {wanted}betas, so it is no second stage of the official code, "
             f"or without this network; try average={not average}"
         )
-    found = {}
+    of_network = {}
     for name, tensor in tensors.items():
         if not name.startswith((other, "vae.")):
-            found[name.removeprefix(wanted)] = tensor
-    return found
+            of_network[name.removeprefix(wanted)] = tensor
+    return of_network
 
 
 def _unet_for(settings, layout, tensors):
-    "The U-Net of these settings, with the conditions that its tensors were trained with: x̂, and z."
+    """An untrained U-Net of these `settings`, with the conditions that the official `tensors` show: x̂ and z.
+
+    A stem with more channels than the images have takes x̂ as well; a layer `proj.0` embeds z.
+    """
     arguments = dict(unet_arguments(settings, layout))
     channels = arguments["channels"]
     stem = tensors.get(f"{official_patterns[layout]['stem']}.weight")
@@ -393,7 +419,7 @@ def _unet_for(settings, layout, tensors):
     layer_of_z = tensors.get("proj.0.weight")
     if layer_of_z is None or layout == "ddim":
         return unet.UNet(**arguments)
-    arguments["scale_shift"] = True
+    arguments["scale_shift"] = True  # the official code has it whenever z is a condition
     return CodedUNet(**arguments, z_dim=layer_of_z.shape[1])
 
 
@@ -402,23 +428,23 @@ def load_official_ddpm(
     networks="cifar10",  # a row of `official_settings`, by name or as it is
     average=True,  # take the averaged weights; False takes those that were trained
     variance="fixed_large",  # of a step, as `Diffusion` takes it
-    continuous=False,  # the network was told noise levels in place of t
+    continuous=False,  # True for a network that was told noise levels in place of t
     **unet_settings,  # replace those of the row's `unet`, such as heads
 ):
-    """The second stage in a checkpoint of either layout: (denoiser in evaluation mode, process, form).
+    """The second stage in a checkpoint of either layout: (denoiser in evaluation mode, process, form 1 or 2).
 
-    A plain DDPM will do too; its form is 1.
+    A plain DDPM will do as well; its form is 1.
 
     Raises: ValueError for an unknown name, foreign code, no plain tensors, or no such network; Mismatch for
     the tensors of another network; FileNotFoundError where there is no file.
     Source: the official code of Pandey et al. 2022.
     """
-    found = _one_network(read_lightning(path), average, path)
-    process = Diffusion(Schedule(found["betas"]), "eps", variance, continuous)
-    form = 2 if "post_coeff_3" in found else 1
+    of_network = _one_network(read_lightning(path), average, path)
+    process = Diffusion(Schedule(of_network["betas"]), "eps", variance, continuous)
+    form = 2 if "post_coeff_3" in of_network else 1  # only form 2 has this table, the coefficient of x̂
 
     of_unet = {}
-    for name, tensor in found.items():
+    for name, tensor in of_network.items():
         if not _tables.fullmatch(name):
             of_unet[name.removeprefix("decoder.")] = tensor
     of_unet = joined_qkv(of_unet)

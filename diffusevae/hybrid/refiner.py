@@ -18,45 +18,48 @@ from .diffusevae import Refiner, check_refiner
 
 # %% ../../nbs/5_hybrid/05_refiner.ipynb #refiner-06
 def check_refinable(model, images):
-    """Raises ValueError unless `model` refines, and can take `images` for x̂.
+    """Raises ValueError unless `model` is a refiner that can take `images` for x̂.
 
-    They must be float `(B, C, H, W)` in [-1, 1], of the model's channels and size.
+    The images must be float `(B, C, H, W)` in [-1, 1], with the model's channels and size.
     """
     check_refiner(model)
     check_image_range(images)
-    net = model.denoiser
-    taken = (net.channels, net.size, net.size)
-    given = tuple(images.shape[1:])
-    if given != taken:
-        taken, given = (" × ".join(map(str, shape)) for shape in (taken, given))
-        raise ValueError(f"this model refines images of {taken}, got {given}; crop, scale or convert them")
+    denoiser = model.denoiser
+    needed_shape = (denoiser.channels, denoiser.size, denoiser.size)
+    shape = tuple(images.shape[1:])
+    if shape != needed_shape:
+        needed = " × ".join(map(str, needed_shape))
+        got = " × ".join(map(str, shape))
+        raise ValueError(f"this model refines images of {needed}, got {got}; crop, scale or convert them")
 
 # %% ../../nbs/5_hybrid/05_refiner.ipynb #refiner-09
-seed_stride = 1_000_003  # how far apart the seeds of an image's draws are
+# the seeds of an image's draws are this far apart, so that they are not the seeds 0, 1, … of other images
+seed_stride = 1_000_003
 
 
 def seeds_of_draws(n, draws, seeds=None):
-    """The seeds of each draw: a list of `draws` lists of n integers, or of None without seeds.
+    """The seeds of each draw: a list of `draws` lists, each with a seed for each of n images.
 
-    Raises: ValueError for no draw, and for seeds that are not one an image.
+    `seeds` are those of the first draw. If they are None, the list holds None for each draw.
+    Raises: ValueError for no draw, and for another number of seeds than of images.
     """
     at_least(1, draws=draws)
     if seeds is None:
         return [None] * draws
     if len(seeds) != n:
         raise ValueError(f"{len(seeds)} seeds for {n} images; give one for each")
-    several = []
+    by_draw = []
     for draw in range(draws):
-        several.append([int(seed) + seed_stride * draw for seed in seeds])
-    return several
+        by_draw.append([int(seed) + seed_stride * draw for seed in seeds])
+    return by_draw
 
 
 def _refined_once(model, images, seeds, batch_size, **walk):
-    "One refinement of each image, batch by batch; `seeds` is a list, one an image, or None."
-    like = next(model.parameters())
+    "One refinement of each image, `(B, C, H, W)`; `seeds` is a list with one for each image, or None."
+    weight = next(model.parameters())  # images are moved to its device and type
     parts = []
     for rows in torch.arange(len(images)).split(batch_size):
-        x_hat = images[rows.to(images.device)].to(like)
+        x_hat = images[rows.to(images.device)].to(weight)
         own_seeds = None if seeds is None else [seeds[i] for i in rows.tolist()]
         z = code_of(model.vae, x_hat) if model.use_z else None
         parts.append(samplers.final_image(model.steps(x_hat, z, seeds=own_seeds, **walk)))
@@ -67,24 +70,26 @@ def _refined_once(model, images, seeds, batch_size, **walk):
 def refine(
     model,  # a DiffuseVAE, or any other refiner with a VAE
     images,  # taken for x̂, (B, C, H, W) in [-1, 1]
-    draws=None,  # refinements of each image; None is one, without an axis for it
-    seeds=None,  # one an image, for the noise; None: the global generator
-    known=None,  # kind and severity of a blur or lowres that is known, which `Consistent` holds to
+    draws=None,  # refinements of each image; None makes one, and adds no axis for the draws
+    seeds=None,  # one for each image, for the noise; None: the global generator
+    known=None,  # (kind, severity) of the images' harm, for `Consistent`; None if it is unknown
     batch_size=256,  # images refined at a time
     **walk,  # keywords of `Refiner.steps`: steps, sampler, spacing, start, guidance, …
 ):
-    """Samples that `model` makes of images, taken for its x̂: `(B, C, H, W)`.
+    """Refinements of `images`, which `model` takes for its x̂: `(B, C, H, W)`.
 
-    With `draws` they are `(draws, B, C, H, W)`. They lie on the model's device.
+    With `draws` the result is `(draws, B, C, H, W)`. It lies on the model's device.
 
-    Raises: ValueError for what does not refine, images that the model does not take, no draw, seeds that are
-    not one an image, another known harm, and what the walk refuses.
+    Raises: ValueError for what does not refine, images that the model does not take, no draw, another number
+    of seeds than of images, a known harm that is neither blur nor lowres, and what the walk refuses.
     """
     check_refinable(model, images)
-    several = seeds_of_draws(len(images), 1 if draws is None else draws, seeds)
+    seeds_by_draw = seeds_of_draws(len(images), 1 if draws is None else draws, seeds)
     refiner = model if known is None else Consistent(model, *known)
+    refined = []
     with evaluating(refiner):
-        refined = [_refined_once(refiner, images, own, batch_size, **walk) for own in several]
+        for own_seeds in seeds_by_draw:
+            refined.append(_refined_once(refiner, images, own_seeds, batch_size, **walk))
     return refined[0] if draws is None else torch.stack(refined)
 
 
@@ -99,7 +104,7 @@ def mean_refinement(model, images, draws=8, **options):
 
 # %% ../../nbs/5_hybrid/05_refiner.ipynb #refiner-14
 def mean_squared_distance(refined, clean):
-    """Mean squared distance per pixel of images `(B, C, H, W)` to the `clean` ones, each to its own: a float.
+    """The mean squared error of `refined` images `(B, C, H, W)`, each against its own `clean` one: a float.
 
     Raises: ValueError for images of another shape.
     """
@@ -114,7 +119,7 @@ def mean_squared_distance(refined, clean):
 def best_filter(clean, harmed, widths=tuple(i / 10 for i in range(31))):
     """The width in pixels of the Gaussian filter that brings `harmed` nearest to `clean`, in squared error.
 
-    Both are images `(B, C, H, W)`; the width is one of `widths`.
+    Both are images `(B, C, H, W)`. The width is one of `widths`, by default 0 to 3 in steps of 0.1.
 
     Raises: ValueError for images of two shapes.
     """
@@ -129,7 +134,7 @@ def filter_baseline(
     severity,  # of the harm, one number
     generator=None,  # for the random part of the training images' harm; None is the global one
 ):
-    """What needs no network: `harmed` after the Gaussian filter that is best for this harm, in [-1, 1].
+    """A baseline without a network: `harmed` after the best Gaussian filter for this harm, in [-1, 1].
 
     Raises: ValueError for an unknown kind of harm, or a severity outside its limits.
     """
@@ -138,22 +143,24 @@ def filter_baseline(
 
 # %% ../../nbs/5_hybrid/05_refiner.ipynb #refiner-24
 def consistent(denoiser, process, x_hat, degrade):
-    """A denoiser whose x0 agrees with `x_hat` `(B, C, H, W)` = degrade(clean image), whatever it predicts.
+    """A denoiser whose predicted x0 fits the given `x_hat` `(B, C, H, W)`, which is degrade(clean image).
 
-    `degrade` is linear. x0 is clipped to [-1, 1] first; a learned variance stays.
+    `degrade` must be linear. The x0 of the inner `denoiser` is clipped to [-1, 1] and then corrected by
+    x̂ - degrade(x0). Channels of a learned variance are passed on.
 
     Source: Wang et al. 2023 (DDNM), equation 13; for low resolution Choi et al. 2021 (ILVR), equation 8.
     """
 
     def denoise_consistently(x_t, t, cond=None):
+        "The inner denoiser's output, with the corrected x0 in it."
         out = denoiser(x_t, t, cond)
-        # t may be indices or noise levels: the process at just these levels, sample i at index i
-        own = process.at_levels(process.abar_seen(t, t))
+        # t may hold indices or noise levels, so a process is made whose index i has the level of sample i
+        at_levels = process.at_levels(process.abar_seen(t, t))
         i = torch.arange(len(x_t), device=x_t.device)
-        x0 = own.to_x0(out, x_t, i).clamp(-1, 1)
+        x0 = at_levels.to_x0(out, x_t, i).clamp(-1, 1)
         x0 = x0 + x_hat - degrade(x0)
-        eps = own.eps_from_x0(x0, x_t, i)
-        corrected = own.target(x0, eps, i)
+        eps = at_levels.eps_from_x0(x0, x_t, i)
+        corrected = at_levels.target(x0, eps, i)
         further_channels = out[:, x_t.shape[1] :]  # of a learned variance
         return torch.cat([corrected, further_channels], dim=1)
 
@@ -161,9 +168,9 @@ def consistent(denoiser, process, x_hat, degrade):
 
 
 class Consistent(Refiner):
-    """A `refiner` that knows how the given images came about from clean ones, and holds its answers to it.
+    """A refiner of images whose harm is known: the x0 of the inner `refiner` is corrected by `consistent`.
 
-    By `kind`, blur or lowres, of `severity`: of other harm no linear part is known exactly.
+    The harm is a `kind`, blur or lowres, with a `severity`. No other kind is known as an exact linear map.
 
     Raises: ValueError for another kind, or a severity outside its limits.
     Source: Wang et al. 2023 (DDNM), equation 13; for low resolution Choi et al. 2021 (ILVR), equation 8.
@@ -181,11 +188,11 @@ class Consistent(Refiner):
         self.cond = refiner.cond
 
     def degrade(self, x):
-        "What was done to the clean images, done to `x` `(B, C, H, W)`."
+        "Images `x` `(B, C, H, W)` with the known harm done to them."
         return self.degradation(x, self.severity)
 
     def model(self, x_hat, guidance=0.0):
-        """The refiner's denoiser, held to x̂.
+        """The inner refiner's denoiser, with its x0 corrected to fit x̂.
 
         Raises: ValueError for guidance that was not trained for.
         """
@@ -198,13 +205,13 @@ def responses(
     x_hat,  # unharmed images, (B, C, H, W) in [-1, 1]
     kind,  # of harm, a name in `corruptions`
     severities,  # of the harm, one number each
-    seeds,  # one an image, for the noise of the walk
+    seeds,  # one for each image, for the noise of the walk
     seed=0,  # of the random part of the harm
     **options,  # further keywords of `refine`: steps, spacing, known, …
 ):
-    """For each severity the harmed images and their refinements: a generator of pairs `(B, C, H, W)`.
+    """A generator of pairs, one for each severity: harmed images and their refinements, both `(B, C, H, W)`.
 
-    All have the same noise in the walk and in the harm, so that they differ by the severity alone.
+    The noise of the walk and of the harm is the same at all severities, so that they alone make a difference.
 
     Raises: ValueError for an unknown kind of harm, a severity outside its limits, and what `refine` refuses.
     """
