@@ -14,13 +14,8 @@ help: ## list the targets
 demo: $(INSTALLED) ## train, sample, evaluate and report a small study on digits: runs/demo/report.html
 	@start=$$(date +%s); $(BIN)/diffusevae study demo --out runs/demo; status=$$?; $(TOOK); exit $$status
 
-test: $(INSTALLED) ## run all notebooks, once more in a random order, then the tests of whole runs
-	@start=$$(date +%s); failed=; \
-	echo "notebooks in order"; $(BIN)/python .ci/notebooks.py test || failed="$$failed notebooks"; \
-	echo "notebooks in a random order"; $(BIN)/python .ci/notebooks.py test --random || failed="$$failed random-order"; \
-	echo "speed, with the machine for itself"; $(BIN)/python -m pytest tests/peers/test_speed.py || failed="$$failed speed"; \
-	echo "whole runs, peers, faults, widgets"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/peers/test_speed.py tests || failed="$$failed pytest"; \
-	$(TOOK)$${failed:+"; failed:$$failed"}; test -z "$$failed"
+test: $(INSTALLED) ## run every lesson once, then the tests of whole runs; CHANGED=1 repeats only what could have changed
+	@$(BIN)/python .ci/test.py $(if $(CHANGED),--changed)
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs
@@ -29,7 +24,7 @@ export: $(INSTALLED) ## write the package, the notebooks' outputs and README.md 
 	@start=$$(date +%s); $(BIN)/python .ci/notebooks.py export; status=$$?; $(TOOK); exit $$status
 
 clean: ## delete what builds and tests leave behind; .venv, runs and data stay
-	@rm -rf build dist .pytest_cache .seconds.json
+	@rm -rf build dist .pytest_cache .seconds.json .stamps.json
 	@find diffusevae nbs tests .ci -name __pycache__ -type d -prune -exec rm -rf {} +
 	@find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
 

@@ -1,34 +1,33 @@
-"""What is done to all notebooks: export, execute, clean, README (`export`, `readme`), renumber and test.
+"""What is done to all notebooks: export, execute, clean, README (`export`, `readme`) and renumber.
 
 Needs the `dev` extra, no Quarto.
 """
 
 import argparse
 import asyncio
-import json
 import os
-import random
 import re
-import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, README, SECONDS = ROOT / "nbs", ROOT / "README.md", ROOT / ".seconds.json"
-THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+NBS = ROOT / "nbs"
+README = ROOT / "README.md"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 AT_A_TIME = 2
-# seconds that `yardstick` takes where the limits were set: a training step of the demo takes 0.11 s there
-REFERENCE = 0.64
 
 
 def notebooks():
     "The notebooks that are taught from, in reading order; those of `nbs/runs` are papermill's."
     found = (p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
     return sorted(p for p in found if NBS / "runs" not in p.parents)
+
+
+def one_thread():
+    "Let what is started from here use one thread each: several notebooks run at a time."
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = "1"
 
 
 def front_matter(cells):
@@ -173,75 +172,6 @@ def stale():
     return not README.is_file() or README.read_text(encoding="utf-8") != readme()
 
 
-# ---------------------------------------------------------------- test
-
-
-def yardstick(_=None):
-    "Seconds of a fixed piece of work like the lessons': steps of a small network on one thread."
-    import torch
-
-    torch.set_num_threads(1)
-    net = torch.nn.Sequential(*(torch.nn.Conv2d(32, 32, 3, padding=1) for _ in range(4)))
-    x = torch.ones(64, 32, 16, 16)
-    for _ in range(3):  # warm up
-        net(x).sum().backward()
-    started = time.perf_counter()
-    for _ in range(12):
-        net(x).sum().backward()
-    return time.perf_counter() - started
-
-
-def slowness():
-    "How many times slower this machine, with all workers busy, is than the one of the limits; at least 1."
-    with ProcessPoolExecutor(AT_A_TIME) as workers:
-        measured = [max(workers.map(yardstick, range(AT_A_TIME))) for _ in range(3)]
-    return max(1.0, min(measured) / REFERENCE)
-
-
-def test_in_order():
-    """nbdev_test over all notebooks; did they pass?
-
-    Their seconds, rounded up, and this machine's `slowness` go into `.seconds.json`, which
-    tests/house/test_house.py reads.
-    """
-    SECONDS.unlink(missing_ok=True)
-    before = slowness()
-    nbdev_test = Path(sys.executable).parent / "nbdev_test"
-    command = [nbdev_test, "--timing", "--do_print", "--n_workers", str(AT_A_TIME)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    seconds = {}
-    for line in child.stdout:
-        print(line, end="", flush=True)
-        if found := re.fullmatch(r"(\S+\.ipynb): (\d+) secs", line.strip()):
-            seconds[found[1]] = int(found[2]) + 1
-    slow = max(before, slowness())  # other work may have come or gone meanwhile
-    print(f"this machine takes {slow:.2f} times as long as the one that the limits were set on", flush=True)
-    if child.wait() == 0:
-        SECONDS.write_text(json.dumps({**seconds, "slowness": slow}, indent=1, sort_keys=True) + "\n")
-    return child.returncode == 0
-
-
-def test_shuffled(seed):
-    "The same notebooks once in a random order: workers keep what earlier notebooks left in their process."
-    from nbdev.config import get_config
-    from nbdev.test import test_nb
-
-    paths = notebooks()
-    random.Random(seed).shuffle(paths)
-    print(f"random order, seed {seed} (again: .ci/notebooks.py test --random {seed})", flush=True)
-    # a notebook replaces __main__ in its worker, so the task must be nbdev's own function
-    task = partial(test_nb, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
-    failed = []
-    with ProcessPoolExecutor(AT_A_TIME) as workers:
-        for path, (ok, seconds) in zip(paths, workers.map(task, paths)):
-            print(f"{path.name}: {'' if ok else 'FAILED, '}{seconds:.1f} secs", flush=True)
-            if not ok:
-                failed.append(path.name)
-    print(f"failed: {', '.join(failed)}" if failed else "Success.", flush=True)
-    return not failed
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -263,11 +193,6 @@ def parser():
     command = commands.add_parser("readme", help="make README.md from nbs/index.ipynb")
     command.add_argument("--check", action="store_true", help="write nothing; exit with 1 when it is stale")
     command.set_defaults(serve=serve_readme)
-
-    command = commands.add_parser("test", help="nbdev_test of all notebooks")
-    random_help = "in a random order instead, workers sharing state"
-    command.add_argument("--random", nargs="?", type=int, const=-1, metavar="SEED", help=random_help)
-    command.set_defaults(serve=serve_test)
     return top
 
 
@@ -290,19 +215,13 @@ def serve_readme(options):
     return 0
 
 
-def serve_test(options):
-    if options.random is None:
-        return 0 if test_in_order() else 1
-    seed = random.randrange(10_000) if options.random == -1 else options.random
-    return 0 if test_shuffled(seed) else 1
-
-
 def main(argv=None):
     "Serve a command line; returns what `sys.exit` takes."
     options = parser().parse_args(argv)
     os.chdir(ROOT)
+    one_thread()
     here = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    os.environ.update(THREADS, PYTHONPATH=os.pathsep.join(here))
+    os.environ["PYTHONPATH"] = os.pathsep.join(here)
     return options.serve(options)
 
 

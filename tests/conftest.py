@@ -2,12 +2,60 @@
 
 import os
 import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from forks import forking
 from tiny import tiny_recipe
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / ".ci"))
+import stamps  # noqa: E402
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+# ---------------------------------------------------------------- only what could have changed
+
+
+def pytest_addoption(parser):
+    parser.addoption("--changed", action="store_true", help="only files that could have changed")
+
+
+def pytest_ignore_collect(collection_path, config):
+    "With `--changed`, leave out the files whose stamp is that of their last passing."
+    if not config.getoption("--changed") or not _has_stamp(collection_path):
+        return None
+    return True if not stamps.changed([collection_path]) else None
+
+
+def _has_stamp(path):
+    "Whether a file of tests reads nothing but what its stamp is made of: house rules read everything."
+    return path.name.startswith("test_") and path.parent.name not in ("house", "browser")
+
+
+outcomes = defaultdict(set)  # of the tests in each file: passed, skipped, failed
+
+
+def pytest_runtest_logreport(report):
+    outcomes[report.nodeid.partition("::")[0]].add(report.outcome)
+
+
+def pytest_sessionfinish(session):
+    "Stamp the files of which all tests have run and none has failed."
+    config = session.config
+    whole = not (config.option.keyword or config.option.markexpr or session.shouldstop or session.shouldfail)
+    if hasattr(config, "workerinput") or not whole or any("::" in name for name in config.args):
+        return  # a worker of xdist reports to the session that has started it
+    for name, kinds in outcomes.items():
+        path = ROOT / name
+        if _has_stamp(path) and "failed" not in kinds:
+            stamps.keep(path)
+
+
+# ---------------------------------------------------------------- fixtures
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,7 @@ LIBRARIES = (
     "ipywidgets",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
+    "papermill",
     "sklearn.datasets",
     "sklearn.mixture",
     "scipy.stats",
@@ -31,12 +32,17 @@ LIBRARIES = (
 HERE = "127.0.0.1"
 
 
+def import_libraries():
+    "Import the large libraries; where one is missing, each fork imports it for itself, or says so."
+    for name in LIBRARIES:
+        with suppress(ImportError):
+            __import__(name)
+
+
 def serve(door):
     "Import the libraries, then fork for each caller at the listening socket `door`, a file descriptor."
     sys.path[0] = ""  # as in any kernel
-    for name in LIBRARIES:
-        with suppress(ImportError):  # then each kernel imports it for itself
-            __import__(name)
+    import_libraries()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     parent = os.getppid()
     with socket.socket(fileno=int(door)) as door:
