@@ -5,6 +5,7 @@ import json
 import torch
 from torch import nn
 
+from diffusevae.core.parameters import find_notebook
 from diffusevae.core.pixels import ImageSet
 from diffusevae.core.training import train
 
@@ -89,6 +90,26 @@ class LabelListener(nn.Module):
 def progress_of(system, images, settings, run_dir):
     "All progress records of a training, run to its end."
     return list(train(system, images, settings, run_dir))
+
+
+def execute(notebook, run_dir, **parameters):
+    """Run the code of a run notebook in this process: no kernel, and an error comes as it was raised.
+
+    The record in `run_dir` ends as papermill's would. Returns what the notebook has defined, by name.
+    """
+    cells = json.loads(find_notebook(notebook).read_text(encoding="utf-8"))["cells"]
+    namespace = {}
+    try:
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), notebook, "exec"), namespace)
+            if "parameters" in cell["metadata"].get("tags", []):
+                namespace.update(parameters, run_dir=str(run_dir))
+    except Exception as error:
+        if "run" in namespace:
+            namespace["run"].fail(error)
+        raise
+    return namespace
 
 
 def tiny_recipe(path):

@@ -5,7 +5,7 @@ and quality against speed.
 import numpy as np
 import pytest
 import torch
-from tiny import TRAIN
+from tiny import TRAIN, execute
 
 from diffusevae.core import records, runs
 from diffusevae.core.checkpoints import load_system
@@ -111,8 +111,8 @@ def test_codes_from_another_prior(study):
         assert (
             torch.equal(to_uint8(form1.sample_pairs(16, steps=3, spacing="trailing")[0][:12]), x_hat) == same
         )
-    with pytest.raises(runs.RunFailed, match="draws no codes"):
-        runs.run("evaluate", study / "evaluate_none", model="digits_ddpm", **how)
+    with pytest.raises(ValueError, match="draws no codes"):
+        execute("evaluate", study / "evaluate_none", model="digits_ddpm", **how)
 
 
 @pytest.mark.timeout(300)
@@ -144,8 +144,8 @@ def test_quality_against_speed(study):
         set(found) <= set(comparison.evaluations_of(study)["models"])
         and (study / "speed" / "curves.png").is_file()
     )
-    with pytest.raises(runs.RunFailed, match="steps must lie in 1 … 20"):
-        runs.run("speed", study / "too_many", models=both, steps=[30], **how)
+    with pytest.raises(ValueError, match="steps must lie in 1 … 20"):
+        execute("speed", study / "too_many", models=both, steps=[30], **how)
 
 
 @pytest.mark.timeout(300)
@@ -174,8 +174,8 @@ def test_stages_build_what_they_say(study):
 
 @pytest.mark.timeout(120)
 def test_a_start_of_another_form_is_refused(study):
-    with pytest.raises(runs.RunFailed, match="start_from must be a DiffuseVAE of form 1"):
-        runs.run("train_diffusevae", study / "wrong", start_from=str(study / "form2"), **TRAIN)
+    with pytest.raises(ValueError, match="start_from must be a DiffuseVAE of form 1"):
+        execute("train_diffusevae", study / "wrong", start_from=str(study / "form2"), **TRAIN)
 
 
 @pytest.mark.timeout(300)
@@ -210,8 +210,8 @@ def test_effort_in_pairs(study):
         and table["choices"]
         and len(found) == 4
     )
-    with pytest.raises(runs.RunFailed, match="refines nothing"):
-        runs.run("effort", study / "of_vae", model=str(study / "vae"), **how)
+    with pytest.raises(ValueError, match="refines nothing"):
+        execute("effort", study / "of_vae", model=str(study / "vae"), **how)
 
 
 REFUSED = [
@@ -267,14 +267,15 @@ def test_wrong_settings_are_refused(study, tmp_path, notebook, given, message):
             return value.format(study=study)
         return [filled(part) for part in value] if isinstance(value, list) else value
 
-    with pytest.raises(runs.RunFailed, match=message):
-        runs.run(notebook, tmp_path / "refused", device="cpu", **{k: filled(v) for k, v in given.items()})
+    with pytest.raises(ValueError, match=message):
+        execute(notebook, tmp_path / "refused", device="cpu", **{k: filled(v) for k, v in given.items()})
+    assert records.read_record(tmp_path / "refused")["status"] == "failed"
 
 
 @pytest.mark.timeout(120)
 def test_no_vae_is_trained_for_a_refiner_that_cannot_be_built(study, tmp_path):
-    with pytest.raises(runs.RunFailed, match="form must be one of 1, 2; got 3"):
-        runs.run("train_diffusevae", tmp_path / "straight", vae="", form=3, **TRAIN)
+    with pytest.raises(ValueError, match="form must be one of 1, 2; got 3"):
+        execute("train_diffusevae", tmp_path / "straight", vae="", form=3, **TRAIN)
     assert not (tmp_path / "straight" / "vae").exists()
 
 

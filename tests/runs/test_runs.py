@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, execute
 
 from diffusevae.cli import main
 from diffusevae.core import records, runs
@@ -225,22 +226,37 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", FAULTS)
-def test_faults_inside_a_run_are_one_sentence_and_a_failed_record(tmp_path, tiny_study, case, capsys):
+def filled_fault(case, tmp_path, tiny_study):
+    "The notebook, parameters and sentence of a fault, at tiny sizes, with the paths of this test."
     notebook, parameters, sentence = FAULTS[case]
     (tmp_path / "short.safetensors").write_bytes((tiny_study / "vae" / "best.safetensors").read_bytes()[:900])
-    words = [
-        w.replace("{tmp}", str(tmp_path)).replace("{study}", str(tiny_study))
-        for k, v in parameters.items()
-        for w in ("-p", f"{k}={v}")
-    ]
-    tiny = [w for k, v in TINY[notebook].items() if k not in parameters for w in ("-p", f"{k}={v}")]
-    assert main(["run", notebook, "--out", str(tmp_path / "run"), *tiny, *words]) == 1
+    paths = {name: value.format(tmp=tmp_path, study=tiny_study) for name, value in parameters.items()}
+    return notebook, {**TINY[notebook], **paths}, sentence
+
+
+def left_as_a_failure(folder, sentence):
+    "Whether a run has left a failed record with this sentence, and no file that could be taken for a result."
+    record = records.read_record(folder)
+    half_written = [*folder.rglob("*.safetensors"), *folder.rglob("*.part")]
+    return record["status"] == "failed" and sentence in record["error"] and not half_written
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_is_raised_and_leaves_a_failed_record(tmp_path, tiny_study, case):
+    notebook, parameters, sentence = filled_fault(case, tmp_path, tiny_study)
+    with pytest.raises((ValueError, OSError), match=re.escape(sentence)):
+        execute(notebook, tmp_path / "run", **parameters)
+    assert left_as_a_failure(tmp_path / "run", sentence)
+
+
+@pytest.mark.parametrize("case", ["unknown data set", "truncated checkpoint"])
+def test_a_fault_inside_a_kernel_is_one_sentence_on_the_command_line(tmp_path, tiny_study, case, capsys):
+    notebook, parameters, sentence = filled_fault(case, tmp_path, tiny_study)
+    words = [word for name, value in parameters.items() for word in ("-p", f"{name}={value}")]
+    assert main(["run", notebook, "--out", str(tmp_path / "run"), *words]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert sentence in said and "Traceback" not in said
-    record = records.read_record(tmp_path / "run")
-    assert record["status"] == "failed" and sentence in record["error"]
-    assert not list((tmp_path / "run").rglob("*.safetensors")) and not list(tmp_path.rglob("*.part"))
+    assert left_as_a_failure(tmp_path / "run", sentence)
 
 
 def test_folder_of_another_run_is_not_touched(tiny_study, tmp_path):
