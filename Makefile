@@ -18,7 +18,7 @@ test: $(INSTALLED) ## run every lesson once, then the tests of whole runs; CHANG
 	@$(BIN)/python .ci/test.py $(if $(CHANGED),--changed)
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
-	@$(BIN)/jupyter lab nbs
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/jupyter lab nbs
 
 export: $(INSTALLED) ## write the package, the notebooks' outputs and README.md anew
 	@start=$$(date +%s); $(BIN)/python .ci/notebooks.py export; status=$$?; $(TOOK); exit $$status

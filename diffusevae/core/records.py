@@ -21,10 +21,12 @@ import warnings
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
 import psutil
+import torch
 
 import diffusevae
-from .checkpoints import write_json
+from .checkpoints import whole_file, write_json
 from .devices import device_name
 from .logs import log_summary
 from diffusevae.core.parameters import (
@@ -301,6 +303,17 @@ class Run(RecordWriter):
         with self.lock:
             self.record["artefacts"][name] = os.path.relpath(path, self.dir)
         return path
+
+    def keep(self, name, tensor, folder=None):
+        """Save a tensor or an array as the artefact `name`, the file NAME.npy in `folder`; returns its path.
+
+        A `folder` of None is the run's own.
+        """
+        path = Path(folder or self.dir) / f"{name}.npy"
+        array = tensor.detach().cpu().numpy() if torch.is_tensor(tensor) else np.asarray(tensor)
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+        return self.artefact(name, os.path.relpath(path, self.dir))
 
     def picture(self, figure, alt, name="pictures"):
         "Save a figure as the artefact `name`, a PNG file, and return it as a `Picture` with its `alt` text."

@@ -62,6 +62,20 @@ def _is_complete(record):
     "Whether there is a record and it says that its run is complete."
     return record is not None and record["status"] == "completed"
 
+# %% ../../nbs/1_core/14_runs.ipynb #runs-environment
+@contextmanager
+def _waiting_without_spinning():
+    "What is started inside the block lets waiting threads sleep, unless the user has decided otherwise."
+    name = "OMP_WAIT_POLICY"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
 # %% ../../nbs/1_core/14_runs.ipynb #runs-09
 def _papermill(path, output, values):
     "Execute the notebook at `path` with the parameters `values`; the executed copy goes to `output`."
@@ -96,7 +110,7 @@ def _execute_cells(path, run_dir, values):
     from papermill import PapermillExecutionError
 
     try:
-        with _progress_shown(run_dir):
+        with _progress_shown(run_dir), _waiting_without_spinning():
             _papermill(path, run_dir / path.name, values)
     except PapermillExecutionError as e:  # a cell has raised an exception
         return _Ending(e, "failed", f"{e.ename}: {e.evalue}".removesuffix(": "))
