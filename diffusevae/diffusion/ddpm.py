@@ -13,11 +13,11 @@ from torch import nn
 
 from ..core.checkpoints import configured
 from ..core.devices import evaluating
-from ..core.parameters import at_least, choice
+from ..core.parameters import choice
 from .bound import bound_term
 from .conditions import Cond, drop_parts
 from .guidance import cfg, classifier_guided
-from .samplers import Noise, final_image, sampler_by_name
+from .samplers import Walk, final_image, starting_noise
 from .schedules import continuous_levels
 
 # %% ../../nbs/4_diffusion/11_ddpm.ipynb #ddpm-06
@@ -229,6 +229,7 @@ class DDPM(nn.Module):
     """
 
     discrete = True  # what it learns are 8-bit pixels
+    clip = True  # how x0 is kept in range where a walk does not say it: pixels lie in [-1, 1]
 
     def __init__(
         self,
@@ -322,24 +323,21 @@ class DDPM(nn.Module):
         interval=None,  # a pair (low, high): guide at these time inputs only
         rescale=0.0,  # how far guided outputs get the standard deviation of unguided ones, in [0, 1]
         classifier=None,  # a NoisyClassifier to guide by, in place of dropped labels
-        sampler="ddim",  # ddpm, ddim, dpm_solver or heun
         seeds=None,  # one for each sample: its noise no longer depends on its neighbours
-        temperature=1.0,  # scales x_T
-        **walk,  # keywords of the sampler: steps, spacing, start, clip, eta, step_temperature
+        noise=None,  # standard normal noise (n, C, H, W), in place of a drawn one
+        **walk,  # fields of `Walk`: sampler, steps, spacing, start, clip, eta, temperature, step_temperature
     ):
         """The reverse process of `n` samples: a generator of `Step`s.
 
-        Raises: ValueError, in the call itself, for a keyword out of range, labels that do not fit, or
-        guidance without a null class that was trained.
+        Raises, in the call itself: TypeError for an unknown keyword; ValueError for a value out of range,
+        labels that do not fit, noise of another shape, or guidance without a null class that was trained.
         """
-        at_least(0, temperature=temperature)
+        walk = Walk(**walk).clipped(self.clip)
         model = self.guided_denoiser(guidance, interval, rescale, classifier)
         classes = getattr(classifier, "classes", None)  # its labels serve a network without classes, too
         cond = self.cond(n, label, classes)
-        noise = Noise(self.shape(n), seeds, device=self._device())
-        x_T = temperature * noise()
-        walk_back = sampler_by_name(sampler)
-        return walk_back(model, self.process, x_T, cond=cond, seeds=seeds, **walk)
+        noise = starting_noise(self.shape(n), seeds, self._device(), noise)
+        return walk(model, self.process, walk.temperature * noise, cond, seeds)
 
     @torch.no_grad()
     def sample(self, n, **walk):

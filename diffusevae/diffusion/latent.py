@@ -207,6 +207,7 @@ class LatentDiffusion(Frozen, DDPM):
     """
 
     discrete = False  # latents are real numbers, not 8-bit pixels
+    clip = False  # latents have no range
     frozen = ("first_stage",)
 
     def __init__(
@@ -239,18 +240,18 @@ class LatentDiffusion(Frozen, DDPM):
             self.scaled = True
         return super().loss(batch)
 
-    def steps(self, n, clip=False, **walk):
+    def steps(self, n, **options):
         """The reverse process of `n` samples in latents: a generator of `Step`s.
 
-        `clip` is False unless given, since latents have no range. The other keywords are those of
-        `DDPM.steps`.
+        `options` are the keywords of `DDPM.steps`; latents have no range, so x0 is not clipped unless `clip`
+        is given.
 
         Raises: ValueError, in the call itself, where first stage and denoiser do not fit, there is no
         scale, or a keyword is out of range.
         """
         check_latent_denoiser(self.first_stage, self.denoiser)
         known_scale(self.first_stage)  # raises where there is no scale
-        return super().steps(n, clip=clip, **walk)
+        return super().steps(n, **options)
 
     @torch.no_grad()
     def view(self, z):

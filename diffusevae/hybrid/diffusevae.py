@@ -12,8 +12,9 @@ from torch import nn
 
 from ..autoencoders.vae import draw_codes
 from ..core.checkpoints import configured
+from ..core.devices import evaluating
 from ..core.layers import Frozen
-from ..core.parameters import at_least, choice
+from ..core.parameters import choice
 from ..diffusion import samplers
 from ..diffusion.conditions import Cond, drop_parts
 from ..diffusion.ddpm import check_system, diffusion_loss
@@ -140,30 +141,24 @@ class Refiner(nn.Module):
         self,
         x_hat,  # images to refine, (B, C, H, W) in [-1, 1]
         z=None,  # the codes that they were decoded from, (B, d); needed with use_z
-        sampler="ddim",  # by name: ddpm, ddim, dpm_solver or heun
         seeds=None,  # one a sample, for x_T and the noise of the steps; None: the global generator
-        temperature=1.0,  # scales x_T, and x_T alone
-        start=None,  # begin at this t, with x̂ noised to it; None begins with noise alone
         guidance=0.0,  # weight w; 0 is unguided
         noise=None,  # standard normal noise of x̂'s shape, in place of a drawn one
-        **walk,  # further keywords of the sampler: the number of steps, spacing, clip, …
+        **walk,  # fields of `Walk`: sampler, steps, spacing, start, clip, eta, temperature, step_temperature
     ):
         """A generator of the sampler's `Step`s, the last of which holds x0, the refinement of x̂.
 
-        In form 2, all steps but the last hold y = x − x̂ in the place of x.
+        With a `start` the walk begins at this t, with x̂ noised to it. In form 2, all steps but the last hold
+        y = x − x̂ in the place of x.
 
-        Raises: ValueError for a temperature below 0, noise of another shape, and what the sampler refuses.
+        Raises, in the call itself: TypeError for an unknown keyword; ValueError for a value out of range,
+        noise of another shape, or guidance that was not trained for.
         """
-        at_least(0, temperature=temperature)
-        if noise is None:
-            noise = samplers.Noise(x_hat.shape, seeds, device=x_hat.device)()
-        if noise.shape != x_hat.shape:
-            raise ValueError(f"noise must have x̂'s shape {tuple(x_hat.shape)}, got {tuple(noise.shape)}")
-        y_T = first_of_walk(self.process, x_hat, temperature * noise, start)
-        cond = self.cond(x_hat, z)
-        sample = samplers.sampler_by_name(sampler)
+        walk = samplers.Walk(**walk)
+        noise = samplers.starting_noise(x_hat.shape, seeds, x_hat.device, noise)
+        y_T = first_of_walk(self.process, x_hat, walk.temperature * noise, walk.start)
         model = self.model(x_hat, guidance)
-        return sample(model, self.process, y_T, cond=cond, seeds=seeds, start=start, **walk)
+        return walk(model, self.process, y_T, self.cond(x_hat, z), seeds)
 
 # %% ../../nbs/5_hybrid/01_diffusevae.ipynb #diffusevae-26b
 def check_refiner(model):
@@ -221,11 +216,14 @@ class TwoStage(Refiner):
     def sample_pairs(self, n, seeds=None, **walk):
         """`n` samples of the VAE and their refinements: x̂ and x0, both `(n, C, H, W)` in [-1, 1].
 
+        They are drawn in evaluation mode.
+
         `seeds`, one for each sample, fix its z and its noise; `walk` are further keywords of `steps`.
         """
-        z = draw_codes(self.vae.prior, n, seeds)
-        x_hat = self.vae.decode(z)
-        x0 = samplers.final_image(self.steps(x_hat, z, seeds=seeds, **walk))
+        with evaluating(self):
+            z = draw_codes(self.vae.prior, n, seeds)
+            x_hat = self.vae.decode(z)
+            x0 = samplers.final_image(self.steps(x_hat, z, seeds=seeds, **walk))
         return x_hat, x0
 
     def sample(self, n, **walk):

@@ -1,7 +1,7 @@
-"""The comments in `parameters` cells: where a run's parameter is a field of `Settings`, both say the same.
+"""The comments of parameters: where one is a field of `Settings` or `Walk`, notebook and class say the same.
 
-The block of training settings stands in nine notebooks, since each must work as it stands.
-This holds the copies to the class.
+The block of training settings stands in nine notebooks, and that of a walk in four, since each must work as
+it stands. This holds the copies to the classes.
 """
 
 import ast
@@ -15,12 +15,19 @@ import pytest
 
 from diffusevae.core.parameters import notebooks_folder, parameters_of
 from diffusevae.core.training import Settings
+from diffusevae.diffusion.samplers import Walk
 
 NOTEBOOKS = sorted(notebooks_folder().glob("*.ipynb"))
 TRAINING = [path for path in NOTEBOOKS if "run.arguments_for(Settings)" in path.read_text(encoding="utf-8")]
 
-# Parameters with a meaning of their own: the mirrored images are among the latents, training flips none.
-OTHER_MEANING = {("train_latent_ddpm", "flip")}
+WALKING = [path for path in NOTEBOOKS if "Walk(**" in path.read_text(encoding="utf-8")]
+CLASSES = [(path, Settings) for path in TRAINING] + [(path, Walk) for path in WALKING]
+
+# Parameters with a meaning of their own
+OTHER_MEANING = {
+    ("train_latent_ddpm", "flip"),  # the mirrored images are among the latents: training flips none
+    ("refine", "start"),  # a parameter has no None: -1 stands for it
+}
 
 
 def field_comments(cls):
@@ -36,9 +43,10 @@ def field_comments(cls):
     return found
 
 
-def test_every_field_of_the_settings_has_a_comment():
-    comments = field_comments(Settings)
-    assert comments.keys() == {field.name for field in dataclasses.fields(Settings)}
+@pytest.mark.parametrize("cls", [Settings, Walk])
+def test_every_field_has_a_comment(cls):
+    comments = field_comments(cls)
+    assert comments.keys() == {field.name for field in dataclasses.fields(cls)}
     assert all(comments.values()), comments
 
 
@@ -46,9 +54,15 @@ def test_all_training_notebooks_are_looked_at():
     assert {path.stem for path in NOTEBOOKS if path.stem.startswith("train_")} == {p.stem for p in TRAINING}
 
 
-@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
-def test_a_setting_is_described_as_in_the_class(path):
-    fields = field_comments(Settings)
+def test_all_notebooks_that_walk_are_looked_at():
+    assert {path.stem for path in WALKING} == {"sample", "evaluate", "interpolate", "refine"}
+
+
+@pytest.mark.parametrize(
+    "path, cls", CLASSES, ids=lambda of: getattr(of, "stem", getattr(of, "__name__", ""))
+)
+def test_a_parameter_is_described_as_in_the_class(path, cls):
+    fields = field_comments(cls)
     wrong = []
     for name, parameter in parameters_of(path).items():
         if name in fields and (path.stem, name) not in OTHER_MEANING and parameter.help != fields[name]:
