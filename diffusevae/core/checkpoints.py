@@ -73,13 +73,14 @@ def save_tensors(path, tensors, info):
         copies[name] = value.detach().to("cpu", copy=True).contiguous()
     metadata = {"info": json.dumps(info)}
     with whole_file(path) as temporary:
-        temporary.touch()  # with the permissions of any new file; safetensors would let nobody else read it
-        mode = temporary.stat().st_mode
+        # safetensors makes files that nobody else may read: note the permissions of an ordinary new file
+        temporary.touch()
+        ordinary_mode = temporary.stat().st_mode
         try:
             save_file(copies, temporary, metadata=metadata)
         except SafetensorError as e:
-            raise OSError(None, str(e)) from e
-        temporary.chmod(mode)
+            raise OSError(None, str(e)) from e  # `whole_file` adds the path to this message
+        temporary.chmod(ordinary_mode)
 
 # %% ../../nbs/1_core/08_checkpoints.ipynb #checkpoints-17
 def load_tensors(path, device="cpu", only=None):
@@ -160,7 +161,8 @@ def configured(cls):
     def __init__(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         init(self, *args, **kwargs)
-        # otherwise this call is super().__init__ of a subclass, whose arguments are not the instance's
+        # A subclass may have called this by super().__init__(…): then these arguments are not the instance's,
+        # and the __init__ of the subclass notes the right ones.
         if type(self).__init__ is __init__:
             self.config = _config(self, bound)
 
@@ -189,7 +191,8 @@ def _class_of(name):
         raise ValueError(f"a config may name classes of diffusevae only, not {name!r}")
     cls = getattr(importlib.import_module(module), attribute, None)
     is_network = isinstance(cls, type) and issubclass(cls, nn.Module)
-    if not is_network or cls.__module__ != module:  # the second: the module only imports this class
+    # a module also has the classes that it imports, such as torch's own: these do not count
+    if not is_network or cls.__module__ != module:
         raise ValueError(f"{name!r} is no network class of this version of the package")
     return cls
 
@@ -247,8 +250,9 @@ def mismatches(own, tensors):
 
 
 def restore(system, tensors, source="the checkpoint"):
-    """Load `tensors` into `system` and return it; every name and every shape must match.
+    """Load `tensors` into `system` and return the system; every name and every shape must match.
 
+    `source` says in an error message where the tensors come from.
     Raises: ValueError with the first three differences where `tensors` are of another architecture.
     """
     differences = mismatches(system.state_dict(), tensors)
@@ -328,8 +332,8 @@ def restore_training(
 ):
     """Load what `save_training` wrote into `system`, `averages` and `optimizers`; returns the saved `info`.
 
-    Raises: ValueError where the file is damaged, and, with the names of the entries that differ, where the
-    saved `identity` is another one.
+    Raises: ValueError where the file is damaged, or where the saved `identity` is another one; the message
+    then names the entries that differ.
     """
     tensors, info = load_tensors(path, device)
     saved = info.get("identity", {})
@@ -359,7 +363,7 @@ def save_system(path, system, **info):
 def load_system(path, device="cpu"):
     """Rebuild the system in a file that `save_system` wrote, such as a run's `best.safetensors`.
 
-    It is in evaluation mode on `device`.
+    The system is in evaluation mode on `device`.
     Raises: FileNotFoundError for a missing file; ValueError for a truncated or foreign one, one without
     config, or one whose config or tensors do not fit this version of the package.
     """
@@ -387,7 +391,7 @@ def pretrained(name, device="cpu"):
 def find_system(place, device="cpu"):
     """Load the system at `place`: a run's folder, a checkpoint file, or the name of a shipped model.
 
-    It is in evaluation mode on `device`.
+    The system is in evaluation mode on `device`.
     Raises: FileNotFoundError where `place` is none of these, ValueError for a file without a system.
     """
     path = Path(place)
@@ -426,8 +430,9 @@ def image_shape(system):
 
 
 def check_fits(system, images, source="the model"):
-    """Check that a system is built for images of this shape, `(N, C, H, W)`; one without a shape passes.
+    """Check that a system is built for images of the shape of `images` `(N, C, H, W)`.
 
+    A system passes too if nothing says for which shape it is built (`image_shape` is None).
     Raises: ValueError where the shapes differ; the message names both, and the `source` of the system.
     """
     own = image_shape(system)

@@ -46,7 +46,7 @@ def noise(x, sigma, generator=None):
 def quantize(x, step, generator=None):
     """Round each number to the nearest of the levels -1, -1 + step, … up to 1.
 
-    A `step` of 2 / (L - 1) leaves L levels. A `step` of 0 leaves the image as it is.
+    A `step` of 2 / (L - 1) leaves L levels. A `step` of 0 leaves the image as it is. `generator` is not used.
     """
     step = per_image(step, x)
     # the clamp avoids 0 / 0 where the step is 0; `where` then takes the image itself
@@ -71,13 +71,17 @@ def gaussian_weights(n, sigma):
     """
     i = torch.arange(n, device=sigma.device)
     squared_distances = (i - i[:, None]) ** 2
+    # the clamp avoids 0 / 0 where sigma is 0; a filter as narrow as 0.001 pixels changes nothing
     variances = (sigma.clamp(min=1e-3) ** 2)[:, None, None]
     weights = torch.exp(-squared_distances / (2 * variances))
     return weights / weights.sum(2, keepdim=True)
 
 
 def blur(x, sigma, generator=None):
-    "Blur by a Gaussian filter of standard deviation `sigma` pixels, without weight beyond the border."
+    """Blur images `(B, C, H, W)` by a Gaussian filter of standard deviation `sigma` pixels.
+
+    Near a border only the pixels of the image have weights, and these sum to 1. `generator` is not used.
+    """
     sigma = per_image(sigma, x).flatten()
     height, width = x.shape[2:]
     return apply_separable(x, gaussian_weights(height, sigma), gaussian_weights(width, sigma))
@@ -105,15 +109,17 @@ def resize_weights(old, new, n):
     i = torch.arange(n, device=old.device)
     scale = old / new
     centres = (i[:, None] + 0.5) * scale  # of the new pixels, in old ones
+    # to scale down, the kernel is widened by the scale: this is what avoids aliasing
     distances = (i + 0.5 - centres) / scale.clamp(min=1)
     weights = bicubic_kernel(distances) * (i < old)
-    return torch.where(i[:, None] < new, weights / weights.sum(2, keepdim=True), 0.0)
+    normalised = weights / weights.sum(2, keepdim=True)  # in rows that are not used this may be 0 / 0
+    return torch.where(i[:, None] < new, normalised, 0.0)
 
 
 def lowres(x, factor, generator=None):
     """Resize images down by `factor` ≥ 1 and up again, both bicubic. The result may lie outside of [-1, 1].
 
-    In between, a side of n pixels has n / factor pixels, rounded, but at least one.
+    In between, a side of n pixels has n / factor pixels, rounded, but at least one. `generator` is not used.
     """
     factor = per_image(factor, x).flatten()
 
@@ -135,19 +141,23 @@ def occlude(x, share, generator=None, value=0.0):
     The rectangle has the image's proportions, and its sides are rounded to whole pixels. A `value` of 0 is
     mid-grey.
     """
-    position = _drawn(torch.rand, (len(x), 2), x, generator)  # 0 at one end of a side, 1 at the other
-    side = per_image(share, x).flatten().sqrt()  # of the rectangle, as a share of the image's side
+    # where the rectangle lies along the height and the width: 0 at one end, 1 at the other
+    positions = _drawn(torch.rand, (len(x), 2), x, generator)
+    relative_side = per_image(share, x).flatten().sqrt()  # of the rectangle, as a share of the image's side
 
-    def inside(n, position):
-        "Which of the `n` pixels of a side the rectangle covers, bool `(B, n)`."
+    def covered(n, position):
+        """Which of the `n` pixels along a side of the images the rectangle covers, bool `(B, n)`.
+
+        `position` `(B,)` is in [0, 1).
+        """
         i = torch.arange(n, device=x.device)
-        length = (n * side).round()
-        first = (position * (n - length + 1)).floor()  # one of n - length + 1 positions
+        length = (n * relative_side).round()
+        first = (position * (n - length + 1)).floor()  # a pixel from 0 to n - length
         return (first[:, None] <= i) & (i < (first + length)[:, None])
 
     height, width = x.shape[2:]
-    down = inside(height, position[:, 0])
-    across = inside(width, position[:, 1])
+    down = covered(height, positions[:, 0])
+    across = covered(width, positions[:, 1])
     hidden = down[:, :, None] & across[:, None]
     return torch.where(hidden[:, None], value, x)
 
@@ -186,13 +196,14 @@ def check_image_range(x):
     if low >= 0 and high > 0:
         warnings.warn(
             "no pixel of these images is darker than mid-grey, 0: if they are in [0, 1], give 2 * x - 1",
-            stacklevel=3,
+            stacklevel=3,  # the line that calls `corrupt`, or another function that checks its images here
         )
 
 
 def check_severity(kind, severity, n=None):
     """Check the `severity` of a corruption of this `kind`: one number, or one for each of `n` images.
 
+    With an `n` of None only one number is allowed.
     Raises: ValueError for an unknown kind, a wrong number of severities, or a severity outside of `limits`.
     """
     choice("kind", kind, corruptions)
@@ -231,8 +242,8 @@ class Augmentation(nn.Module):
     """Conditioning augmentation: corrupts images `(B, C, H, W)` in training mode and no images otherwise.
 
     The global generator draws for each image a kind, and a severity that is uniform between the kind's least
-    and largest. Kinds whose largest severity is the least one are never drawn. Half of the corrupted images
-    are clipped to [-1, 1], so that a network learns to take both.
+    and largest. A kind whose largest severity equals its least one, as by default, is never drawn. Half of
+    the corrupted images are clipped to [-1, 1], so that a network learns to take both.
 
     Raises: ValueError for a severity outside of `limits` or a share outside of [0, 1].
     Source: Ho et al. 2022 (Cascaded Diffusion Models), section 4; there the network is told the severity.
@@ -269,16 +280,17 @@ class Augmentation(nn.Module):
         self.clean = clean
 
     def forward(self, x_hat):
+        "The corrupted images, of the shape and the type of `x_hat`; outside of training mode `x_hat` itself."
         if not self.training or not self.largest:
             return x_hat
-        # products in low precision would change the images that stay clean as well
+        # an enclosing autocast would round the matrix products, also for images that should not change
         with torch.autocast(x_hat.device.type, enabled=False):
             return self._corrupt(x_hat.float()).to(x_hat.dtype)
 
     def _corrupt(self, x_hat):
-        "Images `(B, C, H, W)`, each corrupted by its own draw."
+        "The images `(B, C, H, W)`, each corrupted by its own draw of a kind and a severity."
         n = len(x_hat)
-        kind = torch.randint(len(self.largest), (n,), device=x_hat.device)
+        kind = torch.randint(len(self.largest), (n,), device=x_hat.device)  # its number in `largest`
         strength, clean, clip = torch.rand(3, n, device=x_hat.device)  # uniform in [0, 1)
         x = x_hat
         for i, (name, largest) in enumerate(self.largest.items()):

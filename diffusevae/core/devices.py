@@ -37,6 +37,7 @@ def pick_device(name="auto"):
 
 
 def _best_device():
+    "The name of the first device that this machine has: `cuda`, `mps`, or else `cpu`."
     if torch.cuda.is_available():
         return "cuda"
     if torch.backends.mps.is_available():
@@ -106,12 +107,13 @@ def _compiled(forward, options):
     "The compiled `forward`; `options` are keyword arguments for torch.compile."
 
     def call(*args, **kwargs):
+        "`forward` itself, in a function that can be copied."
         return forward(*args, **kwargs)
 
     # torch.compile counts compiled versions by code object and gives up at 8. All functions made here share
     # one code object, so each network gets a copy of it.
     own_code = call.__code__.replace()
-    copy = types.FunctionType(own_code, call.__globals__, call.__name__, None, call.__closure__)
+    copy = types.FunctionType(own_code, call.__globals__, call.__name__, closure=call.__closure__)
     return torch.compile(copy, dynamic=False, **options)
 
 
@@ -119,6 +121,7 @@ def _in_precision(forward, module, dtype):
     "The `forward` of `module`, computed in `dtype`; weights and outputs stay in float32."
 
     def call(*args, **kwargs):
+        "`forward` in low precision, with its output converted to float32."
         device = next(module.parameters()).device
         with torch.autocast(device.type, dtype):
             out = forward(*args, **kwargs)
@@ -137,20 +140,20 @@ def _as_float32(out, dtype):
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-ema-20
 class Accelerated:
-    """Makes the networks of `system` compute in `dtype`, and compiled, inside of a `with` block.
+    """The networks of `system`, ready to compute in low precision or compiled, inside of a `with` block.
 
     The block begins with `with accelerated.applied():`, where `accelerated` is an instance of this class.
-    After that block the system is as it was before. `options` are keyword arguments for torch.compile; with
-    None nothing is compiled. Weights, gradients and outputs are float32. A network is compiled once for each
-    shape of batch, and separately for training and evaluation.
+    After that block the system is as it was before. `dtype` is the type to compute in; weights, gradients and
+    outputs are float32. `options` are keyword arguments for torch.compile; with None nothing is compiled. A
+    network is compiled once for each shape of batch, and separately for training and evaluation.
     Raises: what torch.compile does.
     Source: Micikevicius et al. 2018, section 3.1, for float32 weights beside low precision.
     """
 
     def __init__(self, system, dtype=torch.float32, options=None):
-        self.forwards = {}  # the accelerated forward of each network
+        self.forwards = {}  # from each network to its accelerated forward
         if dtype == torch.float32 and options is None:
-            return
+            return  # there is nothing to accelerate
         for network in networks_of(system):
             forward = network.forward
             if options is not None:
@@ -168,7 +171,8 @@ class Accelerated:
             yield
         finally:
             for network in self.forwards:
-                del network.forward  # so that the class's own shows again
+                # only the instance's attribute is deleted: after this the method of the class counts again
+                del network.forward
 
 # %% ../../nbs/1_core/06_devices.ipynb #devices-pick-compile
 compilations = ("auto", "on", "off", "graphs", True, False)  # True is on, False is off
@@ -189,7 +193,9 @@ def pick_compile(name="auto", device="auto", steps=2000):
         name = "on" if worth_it else "off"
     if name == "graphs":
         return {"mode": "reduce-overhead"}
-    return {} if name in ("on", True) else None
+    if name in ("on", True):
+        return {}  # compile with torch's own defaults
+    return None
 
 
 def _has_compiler():

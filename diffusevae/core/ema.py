@@ -57,6 +57,7 @@ class Ema:
             self._swap()
 
     def _swap(self):
+        "Exchange the values of the parameters and of the average."
         for i, p in enumerate(self.parameters):
             p.data, self.average[i] = self.average[i], p.data
 
@@ -85,7 +86,8 @@ def gamma_of(length):
             f"a relative length must lie between 0 and {longest:.3f}, which is the mean of all steps; "
             f"got {length}"
         )
-    # s (γ + 1) = (γ + 2)² (γ + 3), that is γ³ + 7γ² + (16 - s) γ + 12 - s = 0; γ is the largest root
+    # with s = 1 / length², `length_of` says s (γ + 1) = (γ + 2)² (γ + 3),
+    # that is γ³ + 7γ² + (16 - s) γ + 12 - s = 0; γ is the largest root
     s = length**-2
     roots = np.roots([1, 7, 16 - s, 12 - s])
     return float(roots.real.max())
@@ -98,7 +100,7 @@ class PowerEma(Ema):
     """
 
     def __init__(self, parameters, length):
-        super().__init__(parameters, decay=None)
+        super().__init__(parameters, decay=None)  # the `decay_now` of this class needs none
         self.gamma = gamma_of(length)
 
     def decay_now(self, step):
@@ -141,10 +143,12 @@ def combination(times, gammas, time, gamma):
     """
     t = np.asarray(times, dtype=np.float64)
     g = np.asarray(gammas, dtype=np.float64)
-    among_them = overlap(t[:, None], g[:, None], t, g)
-    with_wanted = overlap(t, g, time, gamma)
-    weights = np.linalg.lstsq(among_them, with_wanted, rcond=None)[0]
+    among_kept = overlap(t[:, None], g[:, None], t, g)  # (n, n)
+    with_wanted = overlap(t, g, time, gamma)  # (n,)
+    weights = np.linalg.lstsq(among_kept, with_wanted, rcond=None)[0]
+    # the best fit is a projection: |wanted - fit|² = |wanted|² - ⟨fit, wanted⟩
     squared_error = 1 - weights @ with_wanted / overlap(time, gamma, time, gamma)
+    # rounding can make the squared error of a perfect fit slightly negative
     return weights, float(max(0.0, squared_error) ** 0.5)
 
 # %% ../../nbs/1_core/10_ema.ipynb #ema-40
@@ -186,7 +190,7 @@ def reconstruct(run_dir, length, step=None):
     weights, error = combination(times, gammas, step or times[-1], gamma_of(length))
 
     average = {}
-    start = 0  # of the current snapshot's weights
+    start = 0  # index in `weights` of the current snapshot's first average
     for path, info in snapshots:
         tensors, _ = load_tensors(path)
         for name, value in tensors.items():

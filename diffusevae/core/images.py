@@ -35,18 +35,18 @@ def _split_rows(labels, split, test_size):
 
 # %% ../../nbs/1_core/03_images.ipynb #images-15
 def _digits(split, size, root):
-    """scikit-learn's 1,797 digits, 1,437 of them for training and 360 for testing.
+    """The digits of scikit-learn as an `ImageSet`: 1,437 images for training or 360 for testing.
 
-    They are scaled bilinearly to `size` pixels, to 16 where that is None. `root` is not used: the digits come
-    with scikit-learn.
+    The images are scaled bilinearly to `size` × `size` pixels; a `size` of None stands for 16. `root` is not
+    used: the digits come with scikit-learn.
     """
     from sklearn.datasets import load_digits
 
     data = load_digits()
     chosen = _split_rows(data.target, split, test_size=360)
     size = size or 16
-    scaled = data.images[chosen] / 8 - 1  # the levels are 0 … 16
-    x = torch.tensor(scaled, dtype=torch.float32)[:, None]
+    in_range = data.images[chosen] / 8 - 1  # the levels 0 … 16 become -1 … 1
+    x = torch.tensor(in_range, dtype=torch.float32)[:, None]
     x = F.interpolate(x, size=(size, size), mode="bilinear")
     return ImageSet(
         images=to_uint8(x),
@@ -58,7 +58,7 @@ def _digits(split, size, root):
 def _square(picture, size):
     """The centre square of a PIL picture, scaled to `size` pixels by antialiased bicubic interpolation.
 
-    The picture stays as it is where `size` is None.
+    With a `size` of None the whole picture is returned as it is.
     """
     if size is None:
         return picture
@@ -159,8 +159,8 @@ def _read_tree(folder, classes, size):
     arrays = []
     paths = []
     labels = []
-    # fewer files are read before anybody looks for a progress bar
-    for path, label in tqdm(files, desc=folder.name, disable=len(files) < 2000):
+    few = len(files) < 2000  # these are read within seconds and need no progress bar
+    for path, label in tqdm(files, desc=folder.name, disable=few):
         array = _read(path, size)
         if array is not None:
             arrays.append(array)
@@ -201,11 +201,13 @@ def _folder(path, split, size):
 
 # %% ../../nbs/1_core/03_images.ipynb #images-40
 def _cifar10(split, size, root):
-    """CIFAR-10 by torchvision: 50,000 training or 10,000 test images, of 32 × 32 pixels or of `size`.
+    """CIFAR-10 as an `ImageSet`: 50,000 training or 10,000 test images of `size` × `size` pixels.
 
-    They are downloaded to the folder `root`, by default `data`, unless they are there already.
+    A `size` of None stands for the images' own 32 pixels. torchvision downloads the data set to the folder
+    `root`, by default `data`, unless it is there already.
 
-    Raises: RuntimeError that says what to get and where to put it, if there is no whole copy to be had.
+    Raises: RuntimeError where the data set is missing or damaged and cannot be downloaded; the message says
+    what to get and where to put it.
     """
     from torchvision.datasets import CIFAR10
 
@@ -224,9 +226,10 @@ def _cifar10(split, size, root):
 
 # %% ../../nbs/1_core/03_images.ipynb #images-44
 def _shapes(split, size, root):
-    """4,096 coloured shapes for training or 1,024 for testing, of 32 × 32 pixels or of `size`.
+    """Coloured shapes as an `ImageSet`: 4,096 images for training or 1,024 others for testing.
 
-    `root` is not used: the images are drawn anew.
+    The images have `size` × `size` pixels; a `size` of None stands for 32. `root` is not used: the images are
+    drawn anew.
     """
     if split == "train":
         return draw_shapes(4096, size or 32, seed=0)

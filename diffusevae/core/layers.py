@@ -44,7 +44,10 @@ def group_norm(channels, groups=8):
 
 
 def zero_init(module):
-    "Set all parameters of `module` to 0 and return it: a residual branch that ends with it adds 0 at first."
+    """Set all parameters of `module` to 0 and return the module.
+
+    A residual branch that ends with such a module adds 0 before training.
+    """
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -141,9 +144,9 @@ class Attention(nn.Module):
         return self.out(self.mix(x))
 
     def weights(self, x):
-        """The attention weights `(B, heads, N, N)`: row i holds the weights of all tokens for token i, sum 1.
+        """The attention weights `(B, heads, N, N)`; row i says how the output at token i weighs all tokens.
 
-        They are for pictures only: `forward` never computes the full matrix.
+        Each row sums to 1. These weights are for pictures only: `forward` never computes the full matrix.
         """
         q, k, _ = self.parts(x)
         scores = (q @ k.transpose(2, 3)).float() / q.shape[3] ** 0.5
@@ -187,9 +190,9 @@ def _check_resampling(resample, c_in, c_out):
 def downsample(c_in, c_out, resample="conv"):
     """A layer that halves the resolution: `(B, c_in, H, W)` to `(B, c_out, H/2, W/2)`.
 
-    `conv` is a strided convolution that pads all four sides; H/2 and W/2 are rounded up. `same` pads right
-    and below only, as the code of Ho et al. 2020 does, and is for even H and W. `pool` takes the mean of
-    2 × 2 pixels.
+    `conv` is a strided convolution that pads all four sides. `same` pads right and below only, as the code of
+    Ho et al. 2020 does, and is for even H and W. `pool` takes the mean of 2 × 2 pixels. With `conv` and
+    `pool`, H/2 and W/2 are rounded up.
     Raises: ValueError for another `resample`, or c_in ≠ c_out with `pool`.
     """
     _check_resampling(resample, c_in, c_out)

@@ -109,6 +109,7 @@ class Log:
         self.board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=after + 1)
 
     def __call__(self, row):
+        "Write one row, a dict of numbers with a `step`, to both files."
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for name, value in row.items():
@@ -126,29 +127,30 @@ def check_finite(terms, step, path):
     Raises: FloatingPointError where some are not. The message names them and the `step`, and says whether
     there is a checkpoint at `path` to go back to.
     """
-    not_finite = [f"{name} is {float(value)}" for name, value in terms.items() if not math.isfinite(value)]
-    if not not_finite:
+    complaints = [f"{name} is {float(value)}" for name, value in terms.items() if not math.isfinite(value)]
+    if not complaints:
         return
     if Path(path).is_file():
         last_state = f"{path} holds the last good state"
     else:
         last_state = "no checkpoint was due before"
     raise FloatingPointError(
-        f"step {step}: {', '.join(not_finite)}; {last_state}; "
+        f"step {step}: {', '.join(complaints)}; {last_state}; "
         "start over in an empty folder with a lower lr or clip, or a longer warmup"
     )
 
 # %% ../../nbs/1_core/09_logs.ipynb #logs-24
 def progress_bar(records, total, what="training"):
-    """Yield the same `records` and show a progress bar called `what` with the step, of `total`, and the loss.
+    """Yield the same `records` and show a progress bar called `what`: the step out of `total`, and the loss.
 
-    The loss is read only when the bar is drawn: reading makes an accelerator wait.
+    A record has a `step` and a `loss`, as a `Progress` has. The loss is read only when the bar is drawn:
+    reading makes an accelerator wait.
     """
     from tqdm import tqdm
 
     with tqdm(total=total, desc=what, mininterval=0.5) as bar:
         for record in records:
-            drawn = bar.update(record.step - bar.n)
+            drawn = bar.update(record.step - bar.n)  # tqdm says whether it has drawn the bar this time
             if drawn or record.step >= total:
                 bar.set_postfix(loss=f"{record.loss:.4g}", refresh=False)
             yield record

@@ -34,8 +34,9 @@ def notebooks_folder():
 
 
 def find_notebook(name, kind="notebook"):
-    """The path of a run notebook or, for a `kind` of "recipe", of a recipe; `name` is its name or its path.
+    """The path of a run notebook or, for a `kind` of "recipe", of a recipe.
 
+    `name` is the name of the notebook or the recipe, without suffix, or already a path.
     Raises: ValueError for an unknown name; the message lists the known ones.
     """
     suffix = ".ipynb" if kind == "notebook" else ".yaml"
@@ -64,12 +65,16 @@ class Parameter(NamedTuple):
 
 
 def _parameter(assignment, source):
-    "The `Parameter` that an assignment makes: a node of the syntax tree of the cell whose text is `source`."
+    """The `Parameter` that one line of a `parameters` cell defines.
+
+    `assignment` is the line as a node of the cell's syntax tree, and `source` is the text of the cell.
+    Raises: ValueError for a value that is no plain literal.
+    """
     name = ast.unparse(assignment.targets[0])
     try:
         default = ast.literal_eval(assignment.value)
     except ValueError:
-        default = None  # no literal: refused in the next line, as None is no kind of parameter
+        default = None  # the next line refuses it, since the type of None is no kind of parameter
     if type(default) not in parameter_kinds:
         kinds = ", ".join(kind.__name__ for kind in parameter_kinds)
         raise ValueError(f"the parameter {name} must be a plain {kinds}; derive other values in a later cell")
@@ -179,15 +184,16 @@ def parse_parameter(name, text, spec):
 
 
 def _literal(text, or_yaml):
-    """The value of a Python literal; with `or_yaml`, of a text in YAML that is no Python literal.
+    """The value that `text` writes as a Python literal or else, if `or_yaml` is true, in YAML.
 
     A text that is neither is returned as it is.
     """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        if not or_yaml:
-            return text
+        pass  # no Python literal
+    if not or_yaml:
+        return text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -197,10 +203,10 @@ def _literal(text, or_yaml):
 def parameters_given_in(namespace, spec):
     """The parameters that a running notebook was given, as {name: value}; `namespace` is its `globals()`.
 
-    papermill passes parameters as plain variables. Misspelt ones must be in the result, so that they can be
-    refused, and imported constants must not. The names are therefore those that the parameters cell assigns,
-    and papermill's cell after it; both cells are found in `In`, the history of IPython. Without a history the
-    names are those in `spec`, and those of all other plain values without a leading underscore.
+    Parameters are plain variables there: those that the parameters cell assigns, and those that papermill's
+    cell after it assigns, misspelt ones included, so that they can be refused. Both cells are found in `In`,
+    the history of IPython. Without a parameters cell in the history, the result has the variables whose names
+    are in `spec`, and all other plain values without a leading underscore.
     """
     history = namespace.get("In", [])
     start = _last_parameters_cell(history, spec)

@@ -31,14 +31,15 @@ class Rows:
         return replace(self, **chosen)
 
     def to(self, device):
-        """The same set with its tensors on `device`, and coloured images in the memory order channels-last.
+        """The same set with its tensors on `device`, and those `(N, C, H, W)` channels-last in memory.
 
         Batches that are cut from this set then need neither a transfer nor a copy.
         """
         placed = {}
         for name, rows in self._tensors().items():
-            coloured = rows.ndim == 4 and rows.shape[1] > 1
-            order = torch.channels_last if coloured else torch.preserve_format
+            # with a single channel both memory orders are the same
+            several_channels = rows.ndim == 4 and rows.shape[1] > 1
+            order = torch.channels_last if several_channels else torch.preserve_format
             placed[name] = rows.to(device, memory_format=order)
         return replace(self, **placed)
 
@@ -52,9 +53,9 @@ class Rows:
         return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
 
     def _check_lengths(self, what):
-        """Check that all tensors have as many rows as the first field.
+        """Check that every tensor has one row for each sample.
 
-        The error calls that field `what`, for example "images".
+        `what` is the word for the samples in the error message, for example "images".
         Raises: ValueError where a tensor has another number of rows.
         """
         if any(len(rows) != len(self) for rows in self._tensors().values()):
@@ -152,7 +153,7 @@ def map_batches(function, rows, batch_size=256, device=None):
 def draw_gaussian(mean, covariance, n, generator=None):
     """Draw `n` rows `(n, d)` from the Gaussian with `mean` `(d,)` and `covariance` `(d, d)`, all float64.
 
-    The covariance may be singular. The generator is the global one unless one is given.
+    The covariance may be singular. `generator` is a torch generator, or None for the global one.
     """
     # covariance = V diag(values) Vᵀ. Cholesky would fail: pixels that never change make it singular.
     values, vectors = torch.linalg.eigh(covariance)

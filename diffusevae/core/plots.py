@@ -31,8 +31,9 @@ def axes(columns=1, rows=1, width=3.2, height=2.4):
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-12
 def _rows_and_columns(images, columns):
-    """The numbers of rows and columns that a tiling of `images` has, about equal where `columns` is None.
+    """The numbers `(rows, columns)` in which `images` are laid out.
 
+    A `columns` of None makes both about equal.
     Raises: ValueError for anything but a set of uint8 images.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
@@ -60,7 +61,7 @@ def tile(images, columns=None, gap=1):
     cells = cells.reshape(rows, columns, 3, cell_height, cell_width)
     canvas = cells.permute(0, 3, 1, 4, 2)  # rows, height, columns, width, colours
     canvas = canvas.reshape(rows * cell_height, columns * cell_width, 3)
-    without_last_gap = slice(-gap if gap else None)
+    without_last_gap = slice(-gap if gap else None)  # slice(-0) would keep nothing
     return canvas[without_last_gap, without_last_gap].numpy()
 
 # %% ../../nbs/1_core/05_plots.ipynb #plots-15
@@ -75,7 +76,9 @@ def image_grid(images, columns=None, title=""):
     "A figure that shows uint8 images `(N, C, H, W)` side by side, row by row."
     rows, columns = _rows_and_columns(images, columns)
     room_for_title = 0.3 if title else 0.0
-    fig, (ax,) = axes(width=min(9.0, 0.7 * columns), height=min(9.0, 0.7 * rows) + room_for_title)
+    width = min(9.0, 0.7 * columns)  # inches: 0.7 for each image, but at most a page's width
+    height = min(9.0, 0.7 * rows) + room_for_title
+    fig, (ax,) = axes(width=width, height=height)
     show_images(ax, images, columns, title)
     return fig
 
@@ -86,15 +89,16 @@ def labelled_rows(named):
     `named` is a dict from labels to uint8 images `(N, C, H, W)`.
     """
     columns = max(len(images) for images in named.values())
-    fig, axs = axes(rows=len(named), width=min(9.0, 0.65 * columns + 1.2), height=0.75)
+    width = min(9.0, 0.65 * columns + 1.2)  # inches: 0.65 for each image and 1.2 for the labels, at most 9
+    fig, axs = axes(rows=len(named), width=width, height=0.75)
     for ax, (name, images) in zip(axs, named.items()):
         ax.imshow(tile(images, columns), interpolation="nearest")
         ax.set_xticks([])
         ax.set_yticks([])
         ax.spines[:].set_visible(False)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    fig.get_layout_engine().set(w_pad=0.1)
-    # only a figure that was drawn once has a layout that knows the width of the labels
+    fig.get_layout_engine().set(w_pad=0.1)  # inches of free space to the left and the right
+    # the layout learns how wide the labels are when the figure is drawn: do that once before it is shown
     fig.draw_without_rendering()
     return fig
 
@@ -119,6 +123,7 @@ class Picture:
         self.alt = alt
 
     def _repr_mimebundle_(self, include=None, exclude=None):
+        "What Jupyter displays, as `(data, metadata)`: the PNG, and the alt text for those who cannot see it."
         data = {"image/png": base64.b64encode(self.png).decode(), "text/plain": self.alt}
         metadata = {"image/png": {"alt": self.alt}}
         return data, metadata
@@ -126,7 +131,7 @@ class Picture:
 # %% ../../nbs/1_core/05_plots.ipynb #plots-21
 def line_plot(
     ax,  # the axis to draw into
-    x,  # common to all curves, (n,)
+    x,  # positions along the x axis, (n,), the same for all curves
     named,  # dict of curves: a name for the legend, and n values
     xlabel="",  # below the axis
     ylabel="",  # beside the axis
@@ -136,7 +141,8 @@ def line_plot(
     "Draw one curve for each entry of `named`, distinct by colour and dash; several curves get a legend."
     for i, (name, y) in enumerate(named.items()):
         color = palette[i % len(palette)]
-        # a colour that comes again needs another dash, and 4 dashes divide 8 colours: shift them by one
+        # Curve i + 8 has the colour of curve i. Its dash would be the same too, since 8 colours are twice
+        # 4 dashes: so the dashes are shifted by one each time that the colours start again.
         round_of_colours = i // len(palette)
         dash = ("-", "--", "-.", ":")[(i + round_of_colours) % 4]
         ax.plot(x, y, color=color, linestyle=dash, label=name, **style)
@@ -190,7 +196,8 @@ def explore(draw, **knobs):
     widgets = {name: knob(name, values) for name, values in knobs.items()}
     image = ipywidgets.Image(format="png")
 
-    def redraw(_=None):
+    def redraw(change=None):
+        "Draw the picture for the knobs' present values; ipywidgets calls this with the `change` of a knob."
         values = {name: widget.value for name, widget in widgets.items()}
         image.value = png(draw(**values))
 

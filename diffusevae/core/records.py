@@ -60,7 +60,7 @@ def _git(folder):
     """
     unknown = {"commit": None, "dirty": None}
     try:
-        # a package that is installed into a folder of another project is none of that project's files
+        # a package may be installed somewhere inside of another project's checkout, whose commit says nothing
         if not _answer_of_git(folder, "ls-files", "__init__.py"):
             return unknown
         commit = _answer_of_git(folder, "rev-parse", "HEAD")
@@ -161,14 +161,15 @@ def read_record(run_dir):
 def claim_folder(run_dir, notebook, parameters):
     """Check that a run may use `run_dir`; returns the record that the same run left there, or None.
 
-    The same run is one of the same notebook with the same parameters. A refused run does not count.
+    The same run is one of the same notebook with the same parameters. The record of a refused run counts as
+    none.
     Raises: ValueError if the folder holds another run, or if another process is executing this one.
     """
     record = read_record(run_dir)
     if record is None or record.get("refused"):
         return None
     before = record["parameters"]
-    names = [name for name in {**before, **parameters} if name != "run_dir"]
+    names = [name for name in before | parameters if name != "run_dir"]
     differing = [f"{n}={before.get(n)!r}" for n in names if before.get(n) != parameters.get(n)]
     if record["notebook"] != notebook or differing:
         raise ValueError(
@@ -227,7 +228,7 @@ class RecordWriter:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def write(self, **changes):
-        "Change the record, in memory and on the disk."
+        "Enter `changes` and a new heartbeat into the record, and write it to the run's folder."
         with self.lock:
             self.record.update(changes, heartbeat=utc_now())
             write_json(self.dir / "record.json", self.record)
@@ -257,6 +258,7 @@ class RecordWriter:
         if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
             self.end("killed", error="interrupted")
             return
+        # an error without a message is only named
         sentence = f"{type(error).__name__}: {error}".removesuffix(": ")
         # a study ends with the RunFailed of one of its runs, whose kernel may have been killed
         of_killed_run = getattr(error, "status", None) == "killed"
@@ -296,7 +298,7 @@ class Run(RecordWriter):
     def artefact(self, name, path):
         """Enter a file into the record as the artefact `name`; `path` is relative to the run's folder.
 
-        Returns the file's whole path. Its folder exists then, but the file is the caller's to write.
+        Returns the whole path of the file. Its folder is made here; the file itself is written by the caller.
         """
         path = self.dir / path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +324,7 @@ class Run(RecordWriter):
         return picture
 
     def arguments_for(self, function):
-        "The run's parameters that `function`, which may be a class, has in its signature, as a dict by name."
+        "Those of the run's parameters that a function or a class takes, as a dict of keyword arguments."
         signature = inspect.signature(function).parameters
         return {name: value for name, value in self.record["parameters"].items() if name in signature}
 
@@ -333,7 +335,8 @@ class Run(RecordWriter):
         those of the summary.
         """
         self.artefact("log", "metrics.jsonl")
-        self.finish(**{**log_summary(self.dir), **more})
+        metrics = log_summary(self.dir) | more
+        self.finish(**metrics)
 
     def _after_cell(self, result):
         "Record a failure if the cell has raised an exception. IPython calls this after each cell."
@@ -368,9 +371,10 @@ def begin_run(notebook, namespace):
 
 
 def _opened(run, namespace):
-    """The same run, which IPython will notify after each cell.
+    """The same `run`, which IPython will notify after each cell.
 
-    An earlier run of this process in the same folder is ended: its cell was executed again.
+    If this process has begun a run in the same folder before, the cell with `begin_run` was executed again:
+    the heartbeat of the earlier run is stopped.
     """
     folder = run.dir.resolve()
     if folder in _open_runs:
@@ -379,7 +383,7 @@ def _opened(run, namespace):
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell:
-        # a notebook with a cell of papermill's is executed without anybody who sees its progress bars
+        # nobody sees the progress bars of a notebook that papermill executes, known by the cell it inserts
         run.quiet = any(source.startswith("# Parameters") for source in namespace.get("In", []))
         shell.events.register("post_run_cell", run._after_cell)
     return run

@@ -65,7 +65,10 @@ def _is_complete(record):
 # %% ../../nbs/1_core/14_runs.ipynb #runs-environment
 @contextmanager
 def _waiting_without_spinning():
-    "What is started inside the block lets waiting threads sleep, unless the user has decided otherwise."
+    """Processes that are started inside the block let their waiting threads sleep.
+
+    By default a waiting thread keeps its core busy. A policy that the user has set stays as it is.
+    """
     name = "OMP_WAIT_POLICY"
     if name in os.environ:
         yield
@@ -81,9 +84,9 @@ def _papermill(path, output, values):
     "Execute the notebook at `path` with the parameters `values`; the executed copy goes to `output`."
     import papermill
 
-    def escaped(path):
-        "The path with doubled braces, because papermill calls `format` on it."
-        return str(path).replace("{", "{{").replace("}", "}}")
+    def escaped(file):
+        "A path with doubled braces, because papermill calls `format` on it."
+        return str(file).replace("{", "{{").replace("}", "}}")
 
     papermill.execute_notebook(
         escaped(path),
@@ -92,8 +95,8 @@ def _papermill(path, output, values):
         progress_bar=False,
         kernel_name="python3",
         cwd=os.getcwd(),
-        start_timeout=300,
-        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        start_timeout=300,  # seconds
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # no warnings of the kernel on the terminal
     )
 
 
@@ -113,7 +116,8 @@ def _execute_cells(path, run_dir, values):
         with _progress_shown(run_dir), _waiting_without_spinning():
             _papermill(path, run_dir / path.name, values)
     except PapermillExecutionError as e:  # a cell has raised an exception
-        return _Ending(e, "failed", f"{e.ename}: {e.evalue}".removesuffix(": "))
+        sentence = f"{e.ename}: {e.evalue}".removesuffix(": ")  # an error without a message is only named
+        return _Ending(e, "failed", sentence)
     except KeyboardInterrupt as e:
         return _Ending(e, "killed", "interrupted")
     except RuntimeError as e:  # nbclient's DeadKernelError, or a kernel that did not start
@@ -153,8 +157,8 @@ def _failure(notebook, run_dir, ending):
     "The exception for a run that is not complete, with a message of one sentence."
     if ending.status == "killed":
         again = f"run it again with the same folder {run_dir} and it goes on from its last checkpoint"
-        return RunFailed(f"{notebook} was killed; {again}", "killed")
-    return RunFailed(f"{notebook} failed: {ending.error}", ending.status)
+        return RunFailed(f"{notebook} was killed; {again}", status="killed")
+    return RunFailed(f"{notebook} failed: {ending.error}", status=ending.status)
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-13
 @contextmanager
@@ -210,7 +214,7 @@ def read_recipe(name, **overrides):
     for run_name, step in recipe["runs"].items():
         spec = parameters_of(find_notebook(step["notebook"]))
         own_overrides = {k: v for k, v in overrides.items() if k in spec}
-        parameters = {**step.get("parameters", {}), **own_overrides}
+        parameters = step.get("parameters", {}) | own_overrides
         runs[run_name] = (step["notebook"], _typed(parameters, spec))
         unused -= own_overrides.keys()
     if unused:
@@ -231,7 +235,10 @@ def _typed(parameters, spec):
 
 # %% ../../nbs/1_core/14_runs.ipynb #runs-23
 def _filled(value, out):
-    "A value of a recipe in which `out`, the study's folder, replaces each `$study`, also in lists and dicts."
+    """The `value` of a recipe's parameter, with each `$study` replaced by `out`, the study's folder.
+
+    This holds for texts inside of lists and dicts too.
+    """
     if isinstance(value, dict):
         return {k: _filled(v, out) for k, v in value.items()}
     if isinstance(value, list):
@@ -242,9 +249,9 @@ def _filled(value, out):
 
 
 def _claimed(run_dir, notebook, parameters):
-    """The record that the same run left in its folder, or None.
+    """Check that a study's run may use `run_dir`; returns the record that the same run left there, or None.
 
-    Raises: ValueError if the folder holds another run.
+    Raises: ValueError if the folder holds another run, or for parameters that do not fit.
     """
     path = find_notebook(notebook)
     values = checked_parameters({**parameters, "run_dir": str(run_dir)}, parameters_of(path))
@@ -279,13 +286,16 @@ def run_study(name, out, **overrides):
 
 
 def _run_in_turn(runs, out, writer):
-    "The runs of a study, one after another; `writer` keeps the study's record, None if that is complete."
+    """Execute the `runs` of a study one after another, and yield `(name, record, seconds)` of each.
+
+    `writer` writes the study's record; it is None where the study is complete already.
+    """
     try:
-        for i, (name, (notebook, parameters)) in enumerate(runs.items()):
+        for i, name in enumerate(runs):
+            notebook, parameters = runs[name]
             if writer:
-                writer.write(
-                    progress={"what": name, "step": i, "total": len(runs), "loss": None, "seconds": None}
-                )
+                progress = {"what": name, "step": i, "total": len(runs), "loss": None, "seconds": None}
+                writer.write(progress=progress)
             started = time.perf_counter()
             record = run(notebook, out / name, **parameters)
             seconds = time.perf_counter() - started

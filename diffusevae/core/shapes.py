@@ -47,16 +47,21 @@ def _ellipse_depth(u, v, radius):
     The half axes are `radius` and 0.6 · `radius`. ρ is 1 on the ellipse and grows linearly from its centre.
     Source: Taubin 1994, f / |∇f| of f = 1 - ρ.
     """
-    tiny = 1e-12  # at the centre ρ and the slope would both be 0, and the depth 0 / 0
+    tiny = 1e-12  # without it both roots would be 0 at the centre, and the depth 0 / 0
     rho = (u**2 + (v / 0.6) ** 2 + tiny).sqrt() / radius
-    slope = (u**2 + (v / 0.6**2) ** 2 + tiny).sqrt() / radius**2  # ρ · |∇f|
-    return rho * (1 - rho) / slope
+    # ∇f = -∇ρ = -(u, v / 0.6²) / (ρ · radius²)
+    rho_times_slope = (u**2 + (v / 0.6**2) ** 2 + tiny).sqrt() / radius**2  # ρ · |∇f|
+    return rho * (1 - rho) / rho_times_slope  # (1 - ρ) / |∇f|
 
 # %% ../../nbs/1_core/02_shapes.ipynb #shapes-render-code
 def _render(factors, size):
-    "Images of `factors` `(N, 7)`, uint8 `(N, 3, size, size)`, all at once; `render_shapes` makes batches."
-    # doubles, so that machines agree on the bytes; each factor is (N, 1, 1), to go with a grid of points
-    shape, hue, radius, x, y, angle, grey = factors.cpu().double().T[:, :, None, None]
+    """Render images, uint8 `(N, 3, size, size)`, from their `factors` `(N, 7)` as one batch.
+
+    The numbers of equations are those of the notebook.
+    """
+    doubles = factors.cpu().double()  # so that all machines agree on the bytes
+    # each factor becomes (N, 1, 1), to be combined with a grid (size, size) of points
+    shape, hue, radius, x, y, angle, grey = doubles.T[:, :, None, None]
     centres = (2 * torch.arange(size, dtype=torch.float64) + 1) / size - 1  # of the pixels, in half sides
     across = centres - x
     down = centres[:, None] - y
@@ -73,11 +78,11 @@ def _render(factors, size):
     depth = 0
     for number, own_depth in enumerate((square, ellipse, triangle)):
         share = (1 - (shape.clamp(0, 2) - number).abs()).clamp(min=0)  # 1 at its number, 0 at the next
-        depth = depth + own_depth * share
+        depth = depth + own_depth * share  # in half sides
 
     half_side = size / 2  # in pixels
     cover = (0.5 + depth * half_side).clamp(0, 1)[:, None]  # equation (4)
-    channels = [((hue * 6 + k) % 6 - 3).abs() - 1 for k in (0, 4, 2)]
+    channels = [((hue * 6 + k) % 6 - 3).abs() - 1 for k in (0, 4, 2)]  # red, green, blue
     colour = torch.stack(channels, 1).clamp(0, 1)  # equation (5)
     background = grey[:, None].expand(-1, 3, -1, -1)
     return to_uint8(2 * torch.lerp(background, colour, cover) - 1)

@@ -108,9 +108,10 @@ def split(images, fraction, seed=0):
     return training, validation
 
 # %% ../../nbs/1_core/11_training.ipynb #training-17
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)  # all steps of an epoch need the same order
 def epoch_order(epoch, n, seed, device=None):
     "A random order of `n` images, int64 `(n,)` on `device`, that `seed` and the number `epoch` determine."
+    # no two seeds share an order, since no training has a million epochs
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     return torch.randperm(n, generator=generator).to(device)
 
@@ -210,7 +211,8 @@ def optimize(
     terms = system.loss(batch)
     optimizer.zero_grad()
     terms["loss"].backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    largest_norm = clip or math.inf  # infinite: the gradient is measured and not clipped
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm)
     optimizer.step()
     return terms, norm
 
@@ -244,7 +246,7 @@ class Trainer:
     def __init__(self, system, images, settings, run_dir):
         self.settings = settings
         self.run_dir = Path(run_dir)
-        self.last = self.run_dir / "last.safetensors"
+        self.last = self.run_dir / "last.safetensors"  # the file to resume from
         self.device = pick_device(settings.device)
         self.system = system.to(self.device)
         self.training, self.validation = split(images.to(self.device), settings.validation, settings.seed)
@@ -259,7 +261,7 @@ class Trainer:
         self.without_gain = 0  # validations since that lowest one
 
     def _accelerate(self):
-        "The system's networks in the precision, and compiled or not, as the settings say."
+        "The `Accelerated` networks of the system, in the precision and with the compilation of the settings."
         settings = self.settings
         mode = settings.compile
         if mode == "auto" and hasattr(self.system, "step"):
@@ -281,8 +283,8 @@ class Trainer:
     def may_look(self):
         """Whether the loss may be read after this step: on the CPU always.
 
-        On other devices reading stalls the device, so it waits for a step that logs, validates or saves a
-        snapshot.
+        Other devices must stop for it. There the loss is read only after a step that logs, validates or saves
+        a snapshot.
         """
         if self.parameters[0].is_cpu:
             return True
@@ -304,6 +306,7 @@ class Trainer:
         lr = lr_at(self.step, settings)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
+                # a system may make groups of parameters that learn at a multiple of the rate
                 group["lr"] = lr * group.get("lr_scale", 1.0)
         with self.accelerated.applied():
             terms, norm = optimize(self.system, batch, self.optimizers, self.parameters, settings.clip)
@@ -314,6 +317,7 @@ class Trainer:
 
     def _seed_step(self):
         "Seed torch by the training's seed and the step, so that a resumed training draws the same numbers."
+        # trainings with other seeds draw other numbers, at least for their first million steps
         seed = 1_000_003 * self.settings.seed + self.step
         if self.parameters[0].is_cpu:
             # torch.manual_seed asks for every device that might be there, which takes half a millisecond
@@ -340,7 +344,15 @@ class Trainer:
             self.save_last()
         if settings.ema_snapshots and self.due(settings.ema_snapshots):
             save_snapshot(self.run_dir, self.step, self.system, self.averages.values())
-        return Progress(self.step, settings.steps, terms, lr, norm, self.seconds, means)
+        return Progress(
+            step=self.step,
+            total=settings.steps,
+            terms=terms,
+            lr=lr,
+            grad_norm=norm,
+            seconds=self.seconds,
+            validation=means,
+        )
 
     def validate_and_keep_best(self):
         """Validate the averaged weights and return the mean of each term of the loss.
@@ -372,6 +384,7 @@ class Trainer:
             del shared[may_change]
         shared["architecture"] = self.system.config
         shared["images"] = len(self.training)
+        # JSON makes tuples lists, as they are in the file with which this is compared
         return json.loads(json.dumps(shared))
 
     @torch.no_grad()

@@ -545,11 +545,15 @@ class Walk(Mapping):
         "This walk; where its own `clip` is None, the given one takes the place."
         return replace(self, clip=clip) if self.clip is None else self
 
-    def __call__(self, model, process, x_T, cond=None, seeds=None):
-        """The walk from `x_T` `(B, …)` on: a generator of `Step`s.
-
-        `temperature` is not applied to `x_T`, and a `clip` of None is True. The other arguments are those of
-        the samplers.
+    def __call__(
+        self,
+        model,  # a denoiser: model(x_t, time input, cond)
+        process,  # the Diffusion that it was trained on
+        x_T,  # the noise to start from, (B, …), scaled by the temperature already
+        cond=None,  # what the model is told besides, a Cond or None
+        seeds=None,  # one for each sample, whose noise then depends on its own seed only
+    ):
+        """The walk from `x_T` on: a generator of `Step`s. A `clip` of None is True here.
 
         Raises: ValueError, in the call itself, for steps or a start outside of the process's times, or seeds
         that are not one for each sample.
