@@ -28,13 +28,13 @@ def check_images(model, x):
 
 
 def check_levels(size, levels, attention=()):
-    """Raises ValueError unless `size` can be halved `levels` times and `attention` fits that.
+    """Raises ValueError unless `size` can be halved `levels` times, and `attention` names such halves only.
 
-    `size` and `attention` are in pixels of a side. Those of `attention` must be among the halved resolutions,
-    size/2, size/4, … size/2^levels.
+    `size` and the resolutions in `attention` are in pixels of a side. The halves are size/2, size/4, …
+    size/2^levels.
     """
     if levels < 1 or size % 2**levels:
-        multiple = 2 ** max(levels, 1)
+        multiple = 2 ** max(levels, 1)  # that of one level, where `levels` itself is too low
         raise ValueError(
             f"size {size} cannot be halved {levels} times; use a multiple of {multiple}, "
             "or other levels, at least 1"
@@ -54,10 +54,11 @@ def _attend(channels, resolution, attention):
 # %% ../../nbs/3_autoencoders/01_autoencoder.ipynb #autoencoder-09
 @configured
 class AutoEncoder(nn.Module):
-    """The baseline: two strided convolutions down, two transposed ones up, the mean squared error as loss.
+    """The baseline: an encoder of two strided convolutions, and a decoder of two transposed ones.
 
-    It reconstructs, and cannot sample. Its codes have the shape `code_shape`, (2 width, size/4, size/4).
-    With `attention`, at resolutions in pixels, the encoder has self-attention there.
+    It is trained by the mean squared error; it reconstructs images, and cannot sample any. Its codes have the
+    shape `code_shape`, (2 width, size/4, size/4), where `width` is the number of channels after the first
+    convolution. The encoder has self-attention at the resolutions, in pixels, that `attention` names.
 
     Raises: ValueError for a size that cannot be halved twice, or attention at another resolution.
     Source: Hinton and Salakhutdinov 2006.
@@ -89,7 +90,7 @@ class AutoEncoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, x):
-        """The code of images `(B, channels, size, size)`: `(B, *code_shape)`.
+        """The codes `(B, *code_shape)` of images `(B, channels, size, size)`.
 
         Raises: ValueError for another size or number of channels.
         """
@@ -97,25 +98,25 @@ class AutoEncoder(nn.Module):
         return self.encoder(x)
 
     def decode(self, z):
-        """x̂ of codes `(B, *code_shape)`: `(B, channels, size, size)` in [-1, 1].
+        """The images x̂ `(B, channels, size, size)`, in [-1, 1], of codes `(B, *code_shape)`.
 
         Raises: ValueError for codes of another shape.
         """
         if z.shape[1:] != self.code_shape:
             raise ValueError(
                 f"this AutoEncoder takes codes of (B, {', '.join(map(str, self.code_shape))}), "
-                f"got {tuple(z.shape)}; encode gives such"
+                f"got {tuple(z.shape)}; give codes that encode made"
             )
         return self.decoder(z)
 
     def loss(self, batch):
-        "The mean squared error over pixels, channels and the images of a `Batch`."
+        "A dict whose `loss` is the mean squared error over pixels, channels and the images of a `Batch`."
         x_hat = self.decode(self.encode(batch.x))
         return {"loss": F.mse_loss(x_hat, batch.x)}
 
     @torch.no_grad()
     def reconstruct(self, x):
-        "x̂ of images x, both `(B, C, H, W)`."
+        "The reconstructions x̂ of images x, both `(B, C, H, W)`."
         return self.decode(self.encode(x))
 
     def sample(self, n, seeds=None):
@@ -132,7 +133,7 @@ def down_layers(
     levels,  # number of halvings
     attention=(),  # the resolutions, in pixels, that get self-attention
 ):
-    """The layers from images `(B, channels, size, size)` to features, `levels` times halved.
+    """The layers that turn images `(B, channels, size, size)` into features, as one `Sequential`.
 
     Features are `(B, width · 2^(levels−1), size / 2^levels, size / 2^levels)`.
 
@@ -153,11 +154,11 @@ def down_layers(
 def up_layers(
     size,  # of the images: pixels of a side
     channels,  # of the images
-    width,  # channels before the images; each level further down has twice as many
+    width,  # channels after the last doubling; each doubling halves them, but for the last, which keeps them
     levels,  # number of doublings of the resolution
     attention=(),  # the resolutions, in pixels, that get self-attention
 ):
-    """The layers from features back to images `(B, channels, size, size)` in [-1, 1].
+    """The layers that turn features into images `(B, channels, size, size)` in [-1, 1], as one `Sequential`.
 
     Features are `(B, width · 2^(levels−1), size / 2^levels, size / 2^levels)`.
 
@@ -167,7 +168,7 @@ def up_layers(
     layers = []
     for level in range(levels, 0, -1):
         c_in = width * 2 ** (level - 1)
-        c_out = width * 2 ** max(level - 2, 0)  # the last level keeps its width
+        c_out = max(c_in // 2, width)  # the last doubling keeps the channels
         layers.append(ResidualBlock(c_in, c_in))
         layers.extend(_attend(c_in, size // 2**level, attention))
         layers.append(upsample(c_in, c_out))
@@ -202,7 +203,7 @@ def make_encoder(
 def make_decoder(
     size,  # of the images: pixels of a side
     channels,  # of the images
-    width,  # channels at the last doubling
+    width,  # channels after the last doubling
     levels,  # number of doublings of the resolution
     inputs,  # numbers in a code
     attention=(),  # the resolutions, in pixels, that get self-attention
@@ -243,9 +244,11 @@ published_blocks = {
 
 # %% ../../nbs/3_autoencoders/01_autoencoder.ipynb #autoencoder-37
 def _parse_words(text, pattern, example):
-    """The comma-separated words of a string, each as the tuple of its parts, numbers as int.
+    """A list of the comma-separated words of `text`, each as a tuple of its parts, numbers as int.
 
-    Raises: ValueError that names the first word that does not match `pattern`, with an `example`.
+    The parts of a word are the groups of `pattern`. `example` is for the message of the error.
+
+    Raises: ValueError that names the first word that does not match `pattern`.
     """
     words = []
     for word in text.split(","):
@@ -255,15 +258,17 @@ def _parse_words(text, pattern, example):
                 f"{word.strip()!r} in {text!r} is no word of the kind {example}, numbers from 1; "
                 "correct the string"
             )
-        words.append(tuple(int(part) if part.isdigit() else part for part in match.groups()))
+        parts = [int(part) if part.isdigit() else part for part in match.groups()]
+        words.append(tuple(parts))
     return words
 
 
 def parse_blocks(text):
     """A block string as a list of (resolution, operation, number).
 
-    `"32x7,32d2"` is `[(32, "x", 7), (32, "d", 2)]`. The number is that of the blocks in a row for `x`, the
-    factor of pooling for `d` and of up-sampling for `u`; `t` changes to the channels of that resolution.
+    `"32x7,32d2"` is `[(32, "x", 7), (32, "d", 2)]`. What the number says depends on the operation: `x` is so
+    many blocks in a row, `d` pools and `u` up-samples by this factor, and `t` changes from the channels of
+    the resolution to those of resolution `number`.
 
     Raises: ValueError that names the word that cannot be read.
     Source: Child 2021, Pandey et al. 2022 (their code).
@@ -274,7 +279,7 @@ def parse_blocks(text):
 def parse_channels(text):
     """A channel string as {resolution: channels}: `"32:64,1:512"` is `{32: 64, 1: 512}`.
 
-    Raises: ValueError that names the word that cannot be read, and for a resolution that stands twice.
+    Raises: ValueError that names the word that cannot be read, and for a resolution that is given twice.
     """
     pairs = _parse_words(text, r"([1-9]\d*):([1-9]\d*)", "32:64")
     channels = dict(pairs)
@@ -310,20 +315,22 @@ class Bottleneck(nn.Module):
 
 # %% ../../nbs/3_autoencoders/01_autoencoder.ipynb #autoencoder-43
 def _final_resolution(words, widths):
-    """The resolution at which a parsed block string ends; `widths` are the channels at each resolution.
+    """The resolution at which a parsed block string ends, in pixels of a side.
 
-    Raises: ValueError that names the first word that does not fit what stands before it, or has no
-    channels.
+    `words` are from `parse_blocks`; `widths` are the channels at each resolution, from `parse_channels`.
+
+    Raises: ValueError that names the first word that does not fit what stands before it, or needs channels
+    that are not in `widths`.
     """
     pixels = words[0][0]  # of a side of the features
     channels_of = words[0][0]  # the resolution whose channels the features have
     for resolution, operation, number in words:
         word = f"'{resolution}{operation}{number}'"
-        if operation == "t":  # to the channels of the resolution that the features have by now
+        if operation == "t":  # as 32t16 after 32d2: 16 pixels by then, but still the channels of 32
             fits = resolution == channels_of and number == pixels
         else:
             fits = resolution == channels_of == pixels
-        if operation == "d" and pixels % number:
+        if operation == "d" and pixels % number:  # pixels would be left over
             fits = False
         if not fits:
             raise ValueError(
@@ -350,28 +357,28 @@ def _final_resolution(words, widths):
 
 
 def _block_layers(words, widths):
-    "The layers that a parsed block string asks for, in one `Sequential`."
+    "The layers that a parsed block string asks for, in one `Sequential`; `widths`: channels by resolution."
     layers = []
     for resolution, operation, number in words:
         width = widths[resolution]
-        kernel = 3 if resolution > 1 else 1
+        kernel = 3 if resolution > 1 else 1  # a single pixel has no neighbours
         if operation == "x":
             layers.extend(Bottleneck(width, kernel) for _ in range(number))
         elif operation == "d":
             layers.append(Bottleneck(width, kernel, pool=number))
         elif operation == "u":
             layers.append(nn.Upsample(scale_factor=number, mode="nearest"))
-        else:
+        else:  # "t"
             layers.append(nn.Conv2d(width, widths[number], kernel_size=1, bias=False))
     return nn.Sequential(*layers)
 
 # %% ../../nbs/3_autoencoders/01_autoencoder.ipynb #autoencoder-44
 @configured
 class BlockEncoder(nn.Module):
-    """Images `(B, in_channels, R, R)` to mean and log-variance side by side, `(B, 2 z_dim)`.
+    """A network from images `(B, in_channels, R, R)` to mean and log-variance side by side, `(B, 2 z_dim)`.
 
-    `blocks` and `channels` are strings as in `published_blocks`; R is the first resolution of `blocks`,
-    z_dim the channels at resolution 1.
+    `blocks` and `channels` are strings as in `published_blocks`. R is the first resolution of `blocks`, and
+    z_dim the number of channels at resolution 1.
 
     Raises: ValueError that names the word of a string that cannot be read or does not fit.
     Source: Pandey et al. 2022.
@@ -384,7 +391,7 @@ class BlockEncoder(nn.Module):
         end = _final_resolution(words, widths)
         if end != 1:
             raise ValueError(f"an encoder's blocks end at resolution 1, these at {end}; pool further")
-        self.size = words[0][0]
+        self.size = words[0][0]  # the first word's resolution
         self.channels = in_channels
         self.z_dim = widths[1]
         self.in_conv = nn.Conv2d(in_channels, widths[self.size], kernel_size=3, padding=1, bias=False)
@@ -401,11 +408,10 @@ class BlockEncoder(nn.Module):
 # %% ../../nbs/3_autoencoders/01_autoencoder.ipynb #autoencoder-45
 @configured
 class BlockDecoder(nn.Module):
-    """Codes `(B, z_dim)` to images `(B, out_channels, R, R)` in [-1, 1].
+    """A network from codes `(B, z_dim)` to images `(B, out_channels, R, R)` in [-1, 1].
 
-    `blocks` and `channels` are strings as in `published_blocks`; z_dim is the channels at resolution 1, R
-    the resolution at which `blocks` end. The published sigmoid on [0, 1] is 2 sigmoid(a) − 1 = tanh(a/2)
-    here.
+    `blocks` and `channels` are strings as in `published_blocks`. z_dim is the number of channels at
+    resolution 1, and R the resolution at which `blocks` end.
 
     Raises: ValueError that names the word of a string that cannot be read or does not fit, and for codes of
     another size.
@@ -416,13 +422,12 @@ class BlockDecoder(nn.Module):
         super().__init__()
         words = parse_blocks(blocks)
         widths = parse_channels(channels)
-        if words[0][0] != 1:
-            raise ValueError(
-                f"a decoder's blocks start at resolution 1, these at {words[0][0]}; begin with 1x1"
-            )
+        start = words[0][0]  # the first word's resolution
+        if start != 1:
+            raise ValueError(f"a decoder's blocks start at resolution 1, these at {start}; begin with 1x1")
         self.size = _final_resolution(words, widths)
         self.channels = out_channels
-        self.z_dim = widths.get(1)
+        self.z_dim = widths[1]
         self.blocks = _block_layers(words, widths)
         self.last_conv = nn.Conv2d(widths[self.size], out_channels, kernel_size=3, padding=1)
         self.to(memory_format=torch.channels_last)
@@ -434,4 +439,5 @@ class BlockDecoder(nn.Module):
                 "draw codes of that size"
             )
         h = self.blocks(z[:, :, None, None])
+        # the published sigmoid a -> [0, 1], moved to [-1, 1]: 2 sigmoid(a) − 1 = tanh(a/2)
         return torch.tanh(self.last_conv(h) / 2)

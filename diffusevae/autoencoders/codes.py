@@ -33,6 +33,7 @@ def codes_of(vae, images, seed=0, batch_size=512):
     """
 
     def draw(part):
+        "The codes of a batch of images in bytes."
         z, _ = vae.posterior_sample(to_float(part))
         return z
 
@@ -44,19 +45,20 @@ def codes_of(vae, images, seed=0, batch_size=512):
 
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-slerp
 def slerp(a, b, share):
-    """The code at a `share` of the arc from a to b, `(…, d)`: 0 is a, 1 is b.
+    """The code at a `share` of the arc from code a to code b, all `(…, d)`: share 0 gives a, 1 gives b.
 
-    Nearly parallel codes are mixed linearly, since the formula of the arc is 0/0 there.
+    Codes that point the same or the opposite way, or nearly so, are mixed linearly, since the formula of the
+    arc is 0/0 there. So are codes that are zero.
 
     Source: Shoemake 1985, section 3.3.
     """
     norms = a.norm(dim=-1, keepdim=True) * b.norm(dim=-1, keepdim=True)
-    cosine = (a * b).sum(-1, keepdim=True) / norms.clamp(min=1e-12)
-    omega = cosine.clamp(-1, 1).acos()
+    cosine = (a * b).sum(-1, keepdim=True) / norms.clamp(min=1e-12)  # not 0/0 where a code is zero
+    omega = cosine.clamp(-1, 1).acos()  # the angle between a and b
     sine = omega.sin()
-    of_a = ((1 - share) * omega).sin() * a
-    of_b = (share * omega).sin() * b
-    arc = (of_a + of_b) / sine.clamp(min=1e-12)
+    weighted_a = ((1 - share) * omega).sin() * a
+    weighted_b = (share * omega).sin() * b
+    arc = (weighted_a + weighted_b) / sine.clamp(min=1e-12)  # not 0/0 where the line is taken
     line = (1 - share) * a + share * b
     return torch.where(sine < 1e-4, line, arc)
 
@@ -65,9 +67,9 @@ line_methods = {"linear": torch.lerp, "spherical": slerp}
 
 
 def line_between(a, b, n, method="linear"):
-    """`n` points from `a` to `b`, both of one shape (…) and both included: `(n, …)`.
+    """The `n` points `(n, …)` of a line from `a` to `b`, two ends of one shape `(…)`, which are among them.
 
-    The `method` is linear or spherical; both take each end as one long vector.
+    The `method` is linear or spherical, and sees each end as one long vector.
 
     Raises: ValueError for n < 2, for ends of two shapes, and for an unknown method.
     """
@@ -84,24 +86,24 @@ def line_between(a, b, n, method="linear"):
 
 
 def path_through(ends, n, method="linear"):
-    """A path from the first of `ends` `(k, …)` through the others to the last: `((k − 1)(n − 1) + 1, …)`.
+    """The points of a path through all of `ends` `(k, …)`, in order: `((k − 1)(n − 1) + 1, …)`.
 
-    There are `n` points from one end to the next, both included, and no end stands twice. The `method` is
-    linear or spherical.
+    There are `n` points from one end to the next, both included; no end comes twice. The `method` is linear
+    or spherical.
 
     Raises: ValueError for fewer than two ends, for n < 2, and for an unknown method.
     """
     if len(ends) < 2:
         raise ValueError(f"an interpolation needs at least two ends, got {len(ends)}")
     lines = [line_between(a, b, n, method) for a, b in zip(ends, ends[1:])]
-    later = [line[1:] for line in lines[1:]]  # without the end that the line before has given
+    later = [line[1:] for line in lines[1:]]  # without their first point, the last of the line before
     return torch.cat([lines[0], *later])
 
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-fitted-codes
 def fitted_codes(codes, n, generator=None):
-    """`n` codes from the Gaussian with mean and covariance of `codes` `(N, …)`: `(n, …)`, float32.
+    """`n` codes drawn from the Gaussian with the mean and covariance of `codes` `(N, …)`: `(n, …)`, float32.
 
-    For autoencoders, which have no prior to draw from. The result is on the CPU.
+    They serve autoencoders, which have no prior to draw from. The result is on the CPU.
     """
     flat = codes.flatten(1).cpu().double()
     drawn = draw_gaussian(flat.mean(0), flat.T.cov(), n, generator)
@@ -110,9 +112,9 @@ def fitted_codes(codes, n, generator=None):
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-active-units
 @torch.no_grad()
 def active_units(vae, x, threshold=0.01):
-    """A mask of the latent dimensions that are in use on images x, bool `(z_dim,)`.
+    """A mask of the latent dimensions that a VAE uses for images x, bool `(z_dim,)`.
 
-    These are the ones whose posterior mean has a variance over the images above `threshold`.
+    A dimension is in use if its posterior mean has a variance over the images above `threshold`.
 
     Source: Burda et al. 2016, section 5.2.
     """
@@ -145,7 +147,8 @@ def moment_kl(codes):
     if N <= d:
         raise ValueError(f"the covariance of {d} dimensions needs more codes than that, got {N}")
     z = codes.detach().double()
-    fitted = MultivariateNormal(z.mean(0), torch.cov(z.T).reshape(d, d))
+    covariance = torch.cov(z.T).reshape(d, d)  # torch.cov gives a scalar for d = 1
+    fitted = MultivariateNormal(z.mean(0), covariance)
     standard = MultivariateNormal(torch.zeros_like(fitted.mean), torch.eye(d).to(z))
     return float(kl_divergence(fitted, standard))
 
@@ -154,8 +157,9 @@ def moment_kl(codes):
 def aggregate_fit(codes, prior, seed=0, most=2000):
     """A dict that says how codes `(N, d)` fit a prior: `mean`, `variance`, `moment_kl` and `energy`.
 
-    Mean and variance of the codes are `(d,)`. `moment_kl` compares them with N(0, I), whatever the prior is;
-    `energy` is the energy distance of up to `most` codes to as many draws from the prior.
+    `mean` and `variance` of the codes are `(d,)`. `moment_kl` compares the codes with N(0, I), whatever the
+    prior is; `energy` is the energy distance of up to `most` codes to as many draws from the prior. All draws
+    are by `seed`, which is set as torch's global seed.
     """
     torch.manual_seed(seed)
     chosen = torch.randperm(len(codes), device=codes.device)[:most]
@@ -180,18 +184,20 @@ def latent_map(codes, method="pca", seed=0):
     if len(codes) < 4:
         raise ValueError(f"a map needs at least 4 codes, got {len(codes)}")
     if method == "pca":
-        projection = PCA(2, random_state=seed)
+        projection = PCA(n_components=2, random_state=seed)
     else:
-        # scikit-learn looks at 3 · perplexity neighbours of each code, and there are only so many others
+        # scikit-learn looks at 3 · perplexity neighbours of each code, which has len(codes) − 1 at most
         perplexity = min(30.0, (len(codes) - 1) / 3)
-        projection = TSNE(2, random_state=seed, perplexity=perplexity, init="pca")
+        projection = TSNE(n_components=2, random_state=seed, perplexity=perplexity, init="pca")
     return projection.fit_transform(codes.detach().double().cpu().numpy())
 
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-linear-probe
 def linear_probe(codes, labels, test_codes, test_labels):
-    """The accuracy on test codes `(M, d)` of logistic regression fitted to standardised codes `(N, d)`.
+    """The accuracy, in [0, 1], with which logistic regression tells the labels of test codes `(M, d)`.
 
-    Raises: ValueError without labels, or for less than two classes.
+    It is fitted to standardised codes `(N, d)` and their labels `(N,)`.
+
+    Raises: ValueError without labels, or for fewer than two classes.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -203,23 +209,24 @@ def linear_probe(codes, labels, test_codes, test_labels):
     y = labels.detach().cpu().numpy()
     test_z = test_codes.detach().cpu().numpy()
     test_y = test_labels.detach().cpu().numpy()
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(z, y)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(z, y)
     return float(probe.score(test_z, test_y))
 
 # %% ../../nbs/3_autoencoders/05_codes.ipynb #codes-latent-figures
 def latent_figures(vae, train_set, test_set, seed=0):
-    """Plain numbers for a record: `probe` (None without labels), `moment_kl`, `energy` and `active_units`.
+    """A dict of plain numbers for a record: `probe`, `moment_kl`, `energy` and `active_units` (how many).
 
-    The codes are drawn by `seed` for two ImageSets. The probe is fitted to the first, and all four numbers
-    are measured on the second.
+    The codes are drawn by `seed` for two ImageSets. The linear probe is fitted to `train_set`, and all four
+    numbers are measured on `test_set`. `probe` is None without labels.
     """
     codes = codes_of(vae, train_set, seed)
-    held_out = codes_of(vae, test_set, seed)
-    fit = aggregate_fit(held_out, vae.prior, seed)
+    test_codes = codes_of(vae, test_set, seed)
+    fit = aggregate_fit(test_codes, vae.prior, seed)
     if train_set.labels is None:
         probe = None
     else:
-        probe = linear_probe(codes, train_set.labels, held_out, test_set.labels)
+        probe = linear_probe(codes, train_set.labels, test_codes, test_set.labels)
     active = active_units(vae, test_set.x.to(codes.device))
     return {
         "probe": probe,

@@ -57,22 +57,25 @@ class Perceptual(nn.Module):
     def forward(self, x_hat, x):
         distance = 0
         for maps_hat, maps in zip(self.features(x_hat), self.features(x)):
-            f_hat = F.normalize(maps_hat, eps=1e-8)  # each place's vector has length one
-            f = F.normalize(maps, eps=1e-8)
+            # the channels at a place are scaled to a vector of length one; eps is for places where all are 0
+            f_hat = F.normalize(maps_hat, dim=1, eps=1e-8)
+            f = F.normalize(maps, dim=1, eps=1e-8)
             at_each_place = (f_hat - f).square().sum(dim=1)  # (B, h, w)
             distance = distance + at_each_place.mean(dim=(1, 2))
         return distance
 
 # %% ../../nbs/3_autoencoders/06_distances.ipynb #distances-losses-08
 def feature_maps_of(model):
-    """The `FeatureMaps` of a model's `encoder`, or of its `body`, up to where maps become vectors.
+    """The `FeatureMaps` of a model's `encoder`, or else of its `body`, up to where maps become vectors.
 
     They share the model's layers and weights.
-    Raises: ValueError for a model without such a row of layers.
+
+    Raises: ValueError for a model without a row of layers in either.
     """
     layers = getattr(model, "encoder", getattr(model, "body", None))
+    # `make_encoder` puts the row that we want first within another one
     while isinstance(layers, nn.Sequential) and isinstance(layers[0], nn.Sequential):
-        layers = layers[0]  # the row stands within another one
+        layers = layers[0]
     if not isinstance(layers, nn.Sequential):
         raise ValueError(
             f"{type(model).__name__} has no row of layers to look through; "
@@ -83,7 +86,7 @@ def feature_maps_of(model):
 
 # %% ../../nbs/3_autoencoders/06_distances.ipynb #distances-first-stages-08
 def perceptual_distance(features):
-    """A module that returns the perceptual distance of x̂ and x; `features` is `digits` or `lpips`.
+    """A module that returns the perceptual distance of x̂ and x by `features`, which is `digits` or `lpips`.
 
     `digits` uses the feature maps of our digit classifier, takes grey images and returns `(B,)`. `lpips` is
     torchmetrics' distance with VGG, and returns `(B, 1, 1, 1)`.
@@ -125,11 +128,12 @@ class PerceptualLoss(nn.Module):
         self.features = features
         if isinstance(features, nn.Module):
             features.requires_grad_(False).eval()
-        # empty, or the one distance once `distance()` has made it: nn.Module does not look into a list,
-        # so the distance is no part of this module
+        # a list of one distance, once `distance()` has made it; nn.Module does not look into a list, so the
+        # distance is no part of this module
         self._held = []
-        if features != "lpips":  # whose weights may have to be fetched, which waits for the first use
-            self.distance()  # makes and keeps it now, so that an unknown name fails here
+        # made now, so that an unknown name fails here; LPIPS, whose weights may have to be fetched, can wait
+        if features != "lpips":
+            self.distance()
 
     def distance(self):
         "The distance as a frozen module, which is made at the first call."
@@ -138,6 +142,7 @@ class PerceptualLoss(nn.Module):
         return self._held[0]
 
     def _make_distance(self):
+        "A new distance module for `features`."
         if self.features == "lpips":
             return perceptual_distance("lpips")
         model = self.features
@@ -146,7 +151,7 @@ class PerceptualLoss(nn.Module):
         return Perceptual(feature_maps_of(model))
 
     def train(self, mode=True):
-        "Stays in evaluation mode: nothing in it is trained."
+        "Keeps the module in evaluation mode, whatever the `mode`: nothing in it is trained."
         return super().train(False)
 
     def forward(self, x_hat, x):
@@ -156,7 +161,8 @@ class PerceptualLoss(nn.Module):
             x_hat = x_hat.expand(-1, 3, -1, -1)
             x = x.expand(-1, 3, -1, -1)
             return distance(x_hat, x).flatten()
-        channels = next(m.in_channels for m in distance.modules() if isinstance(m, nn.Conv2d))
+        convolutions = [m for m in distance.modules() if isinstance(m, nn.Conv2d)]
+        channels = convolutions[0].in_channels
         if x.shape[1] != channels:
             raise ValueError(
                 f"these features look at {channels} channels, the images have {x.shape[1]}; "
@@ -170,26 +176,28 @@ published_exponents = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def scales_for(size):
-    """The exponents of the scales, a tuple of sum 1, and the windows' σ for MS-SSIM of `size` pixels a side.
+    """The exponents of the scales and the σ of the windows, for MS-SSIM of images of `size` pixels a side.
 
-    There are as many scales as leave 8 pixels at the coarsest.
+    The exponents are a tuple of sum 1, one for each scale. There are as many scales as leave at least 8
+    pixels at the coarsest, at most five.
+
     Raises: ValueError below 8 pixels.
     """
     if size < 8:
         raise ValueError(f"MS-SSIM needs images of at least 8 pixels, got {size}; use another term")
     halvings = int(math.log2(size / 8))
     exponents = published_exponents[: halvings + 1]
-    # σ = 1.5 is published; its window of 11 pixels fits five scales from 11 · 2^4 = 176 pixels on
-    # below that σ = 0.8, whose window has 7 pixels and fits the coarsest scale's 8
+    # the published σ = 1.5 has a window of 11 pixels, which fits into five scales from 11 · 2^4 = 176 pixels
+    # on; below that we take σ = 0.8, whose window of 7 pixels fits into the 8 of the coarsest scale
     sigma = 1.5 if size >= 176 else 0.8
     return tuple(v / sum(exponents) for v in exponents), sigma
 
 
 @configured
 class MultiscaleSSIM(nn.Module):
-    """The loss 1 − MS-SSIM `(B,)`, where each factor v of the product is taken as (1 + v)/2.
+    """The loss 1 − MS-SSIM `(B,)` of images in [-1, 1]; each factor v of the product is taken as (1 + v)/2.
 
-    torchmetrics computes it, and `scales_for` gives scales and windows for the shorter side.
+    torchmetrics computes it, with the scales and windows that `scales_for` gives for the shorter side.
 
     Raises: ValueError for shapes that differ, and for images below 8 pixels.
     Source: Wang et al. 2003, equation 7.
@@ -212,7 +220,7 @@ class MultiscaleSSIM(nn.Module):
             kernel_size=window,
             betas=exponents,
             data_range=2.0,
-            normalize="simple",
+            normalize="simple",  # (1 + v)/2
         )
         return 1 - similarity.reshape(len(x))
 
@@ -238,8 +246,9 @@ class FocalFrequency(nn.Module):
     def forward(self, x_hat, x):
         check_pair(x_hat, x)
         difference = (x_hat - x).float()
-        spectrum = torch.view_as_real(torch.fft.fft2(difference, norm="ortho"))
-        power = spectrum.square().sum(-1)  # |F(x̂ − x)|²
+        spectrum = torch.fft.fft2(difference, norm="ortho")
+        parts = torch.view_as_real(spectrum)  # real and imaginary, (B, C, H, W, 2)
+        power = parts.square().sum(-1)  # |F(x̂ − x)|²
         weight = power.detach() ** (self.alpha / 2)  # |F(x̂ − x)|^α
-        largest = weight.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+        largest = weight.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)  # not 0/0 for equal images
         return (weight / largest * power).mean(dim=(1, 2, 3))

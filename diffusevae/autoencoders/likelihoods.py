@@ -18,14 +18,15 @@ from ..core.parameters import positive
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-06
 def independent_normal(mean, std, dims=1):
-    "The normal distribution with independent coordinates over the last `dims` axes of `mean`."
+    "A normal distribution of independent coordinates, whose `log_prob` sums over the last `dims` axes."
     return Independent(Normal(mean, std, validate_args=False), dims, validate_args=False)
 
 
 def normal_from_parameters(parameters, least=-20.0, most=10.0):
-    """The normal distribution of codes `(c, …)`, its mean and log-variance given side by side, `(B, 2c, …)`.
+    """The normal distribution of codes `(B, c, …)` with the mean and log-variance that `parameters` hold.
 
-    Log-variances are clamped to [`least`, `most`], so that no exponential overflows.
+    `parameters` are `(B, 2c, …)`, first the c means, then the c log-variances. Log-variances are clamped to
+    [`least`, `most`], so that no exponential overflows. `log_prob` gives one number for each of the B codes.
     """
     mean, logvar = parameters.chunk(2, dim=1)
     std = (logvar.clamp(least, most) / 2).exp()
@@ -33,7 +34,7 @@ def normal_from_parameters(parameters, least=-20.0, most=10.0):
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-09
 def _flat_pair(x_hat, x):
-    """x̂ and x as `(B, D)`, in float32 at least: sums over many pixels need it.
+    """The pair of x̂ and x, each as `(B, D)`, in float32 at least: sums over many pixels need it.
 
     Raises: ValueError for shapes that differ, which torch would broadcast.
     """
@@ -45,12 +46,13 @@ def _flat_pair(x_hat, x):
 
 
 def _flat_float(images):
+    "Images `(B, …)` as `(B, D)`, in float32, or in float64 where they have it already."
     return images.flatten(1).to(torch.promote_types(images.dtype, torch.float32))
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-10
 @configured
 class Gaussian(nn.Module):
-    """The likelihood N(x̂, sigma² I) of images in [-1, 1]. It is a density.
+    """The likelihood N(x̂, sigma² I) of images in [-1, 1]. It is a density, and so not `discrete`.
 
     Raises: ValueError for a sigma that is not a finite number above 0.
     Source: Kingma and Welling 2014, appendix C.2.
@@ -76,8 +78,9 @@ class Gaussian(nn.Module):
 class Bernoulli(nn.Module):
     """The likelihood of black-and-white images whose pixels are white with probability (x̂ + 1)/2.
 
-    It is a mass. On grey pixels it is the cross-entropy, which is no normalised density. Probabilities stay
-    `least` from 0 and 1, so that a pixel costs 14 nats at most.
+    It is a mass, and so `discrete`. For grey pixels it gives minus the cross-entropy, which is the logarithm
+    of no normalised density. Probabilities keep a distance of `least` from 0 and 1, so that a pixel costs at
+    most −log(1e-6), some 14 nats.
 
     Source: Kingma and Welling 2014, appendix C.1.
     """
@@ -103,7 +106,8 @@ class Bernoulli(nn.Module):
 class DiscretisedLogistic(nn.Module):
     """The likelihood of bytes: each of the 256 levels has the mass of a logistic distribution in its bin.
 
-    The distribution lies around x̂. The outer two bins are open. `scale` is the logistic's, on [-1, 1].
+    The logistic distribution has the mean x̂ and the given `scale`, for images in [-1, 1]. The darkest level's
+    bin goes down to −∞, the brightest level's up to ∞. The likelihood is a mass, and so `discrete`.
 
     Raises: ValueError for a scale that is not a finite number above 0.
     Source: Salimans et al. 2017, equation 2, with one component.
@@ -122,13 +126,14 @@ class DiscretisedLogistic(nn.Module):
         Raises: ValueError for shapes that differ.
         """
         x_hat, x = _flat_pair(x_hat, x)
-        half_bin = 1 / 255
-        a = (x + half_bin - x_hat) / self.scale  # the upper edge of the bin of x
-        b = (x - half_bin - x_hat) / self.scale  # the lower one
+        half_bin = 1 / 255  # of 256 levels on [-1, 1], which are 2/255 apart
+        a = (x + half_bin - x_hat) / self.scale  # the upper edge of the bin of x, for the standard logistic
+        b = (x - half_bin - x_hat) / self.scale  # the lower edge
         darkest = x < -1 + half_bin
         brightest = x > 1 - half_bin
-        # the outer bins are open: S(a) is 1 for the brightest level, S(b) is 0 for the darkest
-        # S(a) − S(b) = S(a) S(−b) (1 − exp(b − a)): no difference of nearly equal numbers
+        # with S the sigmoid, the mass S(a) − S(b) is S(a) S(−b) (1 − exp(b − a)): a product of three factors
+        # keeps its digits where S(a) and S(b) are nearly equal
+        # the brightest bin has S(a) = 1, so its mass is S(−b); the darkest has S(b) = 0, so its mass is S(a)
         log_S_a = torch.where(brightest, 0, F.logsigmoid(a))
         log_S_minus_b = torch.where(darkest, 0, F.logsigmoid(-b))
         log_gap = math.log(-math.expm1(-2 / 255 / self.scale))  # log(1 − exp(b − a)), the same for all
@@ -137,15 +142,16 @@ class DiscretisedLogistic(nn.Module):
 
 # %% ../../nbs/3_autoencoders/02_likelihoods.ipynb #likelihoods-25
 def bits_per_dim(nats, dims, discrete=False):
-    """Nats of log p, a number or a tensor, as bits for each of `dims` pixels times channels. Lower is better.
+    """The bits per dimension of images whose log p is `nats`, a number or a tensor. Lower is better.
 
-    It is the length of a code for images of bytes. A density on [-1, 1] becomes the mass of a level by the
-    width of its bin, 2/255; `discrete` ones are masses already.
+    They are the length of a code for images of bytes, divided by `dims`, the number of pixels times channels.
+    If p is `discrete` it is a mass already. Otherwise it is a density on [-1, 1], which times the width of a
+    level's bin, 2/255, gives the mass of that level.
 
     Raises: ValueError for `dims` below 1.
     Source: Theis et al. 2016, section 3.1.
     """
     if dims < 1:
         raise ValueError(f"dims must be the number of pixels times channels, at least 1, got {dims}")
-    log_bin = 0.0 if discrete else math.log(2 / 255)
+    log_bin = 0.0 if discrete else math.log(2 / 255)  # of each dimension
     return -(nats / dims + log_bin) / math.log(2)
