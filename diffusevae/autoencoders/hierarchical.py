@@ -182,6 +182,7 @@ class TopDownPosterior(Distribution):
         posteriors = []
 
         def from_posterior(i, h, p):
+            "The code of level i, which `choose` takes from its posterior; the posterior is noted."
             q = self.prior.levels[i].posterior(h, p, self.features[i])
             posteriors.append(q)
             return choose(i, q)

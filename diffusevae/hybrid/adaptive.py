@@ -193,7 +193,7 @@ class Gated(nn.Module):
         self.config = denoiser.config
         self.size = denoiser.size
         self.channels = denoiser.channels
-        self.image_channels = denoiser.channels
+        self.image_channels = denoiser.channels  # to the outside: x̂ alone, the gate is added in here
         self.classes = denoiser.classes
         self.outputs = denoiser.outputs
         self.takes = denoiser.takes
