@@ -139,7 +139,7 @@ def energy_distance(x, y):
 def moment_kl(codes):
     """KL(N(m, S) ‖ N(0, I)) in nats, with mean m and covariance S of codes `(N, d)`.
 
-    It is no more than KL(q(z) ‖ p(z)), for q(z) the distribution of the codes and p(z) = N(0, I).
+    This is a lower bound on KL(q(z) ‖ p(z)), where q(z) is the distribution of the codes and p(z) = N(0, I).
 
     Raises: ValueError unless N > d, and for a covariance that is singular.
     """

@@ -136,7 +136,10 @@ class PerceptualLoss(nn.Module):
             self.distance()
 
     def distance(self):
-        "The distance as a frozen module, which is made at the first call."
+        """The distance as a frozen module, which is made at the first call.
+
+        It is held in a list: a module in a list is no submodule, so its weights stay out of checkpoints.
+        """
         if not self._held:
             self._held.append(self._make_distance())
         return self._held[0]

@@ -193,7 +193,7 @@ def check_image_range(x):
             f"images must lie in [-1, 1], got {low:.3g} … {high:.3g}; "
             "scale them (x / 127.5 - 1 for 0 … 255), or clip noisy ones by x.clamp(-1, 1)"
         )
-    if low >= 0 and high > 0:
+    if low >= 0 and high > 0:  # images that are 0 everywhere are plain mid-grey: no reason to warn
         warnings.warn(
             "no pixel of these images is darker than mid-grey, 0: if they are in [0, 1], give 2 * x - 1",
             stacklevel=3,  # the line that calls `corrupt`, or another function that checks its images here

@@ -171,8 +171,8 @@ def save_snapshot(run_dir, step, system, averages):
 def reconstruct(run_dir, length, step=None):
     """Compute the average of relative `length` at `step` from a run's snapshots up to that step.
 
-    Returns `({parameter: tensor}, error)` with the relative error of `combination`. A `step` of None is that
-    of the last snapshot.
+    Returns `({name of a parameter: tensor}, error)`; `error` is the relative error that `combination` gives.
+    A `step` of None stands for the step of the last snapshot.
     Raises: ValueError for a length out of range, FileNotFoundError where there are no snapshots.
     """
     snapshots = []  # (path, info) in the order of steps
@@ -185,8 +185,11 @@ def reconstruct(run_dir, length, step=None):
         raise FileNotFoundError(
             f"no snapshots in {run_dir}/ema{until}; train with ema_snapshots, the steps between them"
         )
-    times = [info["step"] for _, info in snapshots for _ in info["gammas"]]
-    gammas = [gamma for _, info in snapshots for gamma in info["gammas"]]
+    times = []
+    gammas = []
+    for _, info in snapshots:  # each holds one average for each of its gammas
+        times += [info["step"]] * len(info["gammas"])
+        gammas += info["gammas"]
     weights, error = combination(times, gammas, step or times[-1], gamma_of(length))
 
     average = {}

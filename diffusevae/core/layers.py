@@ -89,7 +89,9 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, emb=None):
-        if (emb is None) != (self.emb is None):
+        gets_embedding = emb is not None
+        takes_embedding = self.emb is not None
+        if gets_embedding != takes_embedding:
             raise ValueError(
                 "an embedding was given to a block without c_emb, or none to a block with it; "
                 "build and call it alike"

@@ -161,9 +161,9 @@ def read_record(run_dir):
 def claim_folder(run_dir, notebook, parameters):
     """Check that a run may use `run_dir`; returns the record that the same run left there, or None.
 
-    The same run is one of the same notebook with the same parameters. The record of a refused run counts as
-    none.
-    Raises: ValueError if the folder holds another run, or if another process is executing this one.
+    The same run is one of the same notebook with the same parameters. The record of a run that was refused,
+    and so never started, counts as none.
+    Raises: ValueError if the folder holds another run, or if another process is executing the same run.
     """
     record = read_record(run_dir)
     if record is None or record.get("refused"):
@@ -176,6 +176,8 @@ def claim_folder(run_dir, notebook, parameters):
             f"{run_dir} holds another run ({', '.join([record['notebook'], *differing])}); "
             "choose another folder, or delete this one to start over"
         )
+    # in our own process, the cell that starts the run was executed again
+    # the process of the run itself may begin it again, for example by executing `begin_run` a second time
     if record["status"] == "running" and record["pid"] != os.getpid():
         raise ValueError(
             f"{run_dir} is being run by process {record['pid']} on {record['host']}; "
@@ -222,7 +224,7 @@ class RecordWriter:
     def __init__(self, run_dir, notebook, parameters, **more):
         self.dir = Path(run_dir)
         self.record = new_record(notebook, parameters, **more)
-        self.lock = threading.Lock()  # held by whoever changes or writes the record
+        self.lock = threading.Lock()  # held while entries are added or the record is written
         self.ended = threading.Event()  # set with the last entry: the heartbeat stops
         self.write()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -286,6 +288,7 @@ class Run(RecordWriter):
             # not at every step, since reading a loss makes an accelerator wait
             if now - last_noted > 1 or i == 1 or step == total:
                 last_noted = now
+                # without the lock, or training would wait for the disk; replacing one value is safe
                 self.record["progress"] = {
                     "what": what,
                     "step": step,

@@ -48,9 +48,11 @@ def _ellipse_depth(u, v, radius):
     Source: Taubin 1994, f / |∇f| of f = 1 - ρ.
     """
     tiny = 1e-12  # without it both roots would be 0 at the centre, and the depth 0 / 0
-    rho = (u**2 + (v / 0.6) ** 2 + tiny).sqrt() / radius
+    stretched = v / 0.6  # the ellipse is a circle in the coordinates (u, stretched)
+    rho = (u**2 + stretched**2 + tiny).sqrt() / radius
     # ∇f = -∇ρ = -(u, v / 0.6²) / (ρ · radius²)
-    rho_times_slope = (u**2 + (v / 0.6**2) ** 2 + tiny).sqrt() / radius**2  # ρ · |∇f|
+    steeper = v / 0.6**2
+    rho_times_slope = (u**2 + steeper**2 + tiny).sqrt() / radius**2  # ρ · |∇f|
     return rho * (1 - rho) / rho_times_slope  # (1 - ρ) / |∇f|
 
 # %% ../../nbs/1_core/02_shapes.ipynb #shapes-render-code

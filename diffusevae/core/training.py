@@ -251,7 +251,7 @@ class Trainer:
         self.system = system.to(self.device)
         self.training, self.validation = split(images.to(self.device), settings.validation, settings.seed)
         self.parameters = [p for p in system.parameters() if p.requires_grad]
-        self.averages = averages_of(self.parameters, settings.ema, settings.ema_snapshots > 0)
+        self.averages = averages_of(self.parameters, settings.ema, snapshots=settings.ema_snapshots > 0)
         self.ema = self.averages["ema"]
         self.optimizers = optimizers_of(system, settings)
         self.accelerated = self._accelerate()
@@ -267,7 +267,8 @@ class Trainer:
         if mode == "auto" and hasattr(self.system, "step"):
             mode = "off"  # such a system may need gradients of gradients, which compiled code does not have
         dtype = pick_precision(settings.precision, self.device)
-        return Accelerated(self.system, dtype, pick_compile(mode, self.device, settings.steps))
+        options = pick_compile(mode, self.device, settings.steps)
+        return Accelerated(self.system, dtype, options)
 
     @property
     def finished(self):

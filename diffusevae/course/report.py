@@ -54,7 +54,7 @@ def expected_runs(study):
 
     First come the runs that the study's own record names, then all other folders that hold a record, the
     oldest record first.
-    Raises: ValueError when no folder in it has a record.
+    Raises: ValueError where no folder in the study's folder holds a record.
     """
     study = Path(study)
     own_record = read_record(study) or {}
@@ -69,7 +69,7 @@ def expected_runs(study):
 
 # %% ../../nbs/7_course/01_report.ipynb #report-06
 def study_records(study):
-    """Two dicts by the runs' names, in order: the completed records of a study, and its gaps.
+    """The completed records and the gaps of a study: two dicts by the runs' names, in order.
 
     Each record gets one more entry, the `folder` of its run. A gap is a sentence that says why a run has no
     completed record.
@@ -115,8 +115,8 @@ def image_arrays(records, ending):
 def parameter_table(records, notebooks):
     """The parameters of all runs whose notebook's name starts with `notebooks`, as a table in Markdown.
 
-    The table has a row for each parameter and a column for each run; a – says that a run has no such
-    parameter. An empty string is returned if there is no such run.
+    The table has a row for each parameter and a column for each run; the sign – says that a run has no such
+    parameter. Without such a run the table is an empty string.
     """
     parameters = {run: r["parameters"] for run, r in records.items() if r["notebook"].startswith(notebooks)}
     if not parameters:
@@ -141,7 +141,7 @@ def loss_curves(records):
     fig, axs = plots.axes(columns=columns, rows=math.ceil(len(logs) / 2), width=3.6)
     for ax, (run, log) in zip(axs, logs.items()):
         _draw_losses(ax, log)
-        positive = all(row["loss"] > 0 for row in log)
+        positive = all(row["loss"] > 0 for row in log)  # only then can the axis be logarithmic
         ax.set(title=run, xlabel="step", yscale="log" if positive else "linear")
         ax.legend(fontsize=7)
     return fig
@@ -158,10 +158,10 @@ def _draw_losses(ax, log):
 
 # %% ../../nbs/7_course/01_report.ipynb #report-22
 def _panels(images_by_model, **layout):
-    """A figure with a panel for each model; None for no model.
+    """A figure with a panel of images for each model; None where there is no model.
 
-    `images_by_model` has for each model its images, uint8 `(N, C, H, W)`, and how many of them make a row;
-    `layout` are arguments of `plots.axes`.
+    `images_by_model` is a dict {model: (images, columns)}, with uint8 images `(N, C, H, W)` and the number of
+    images in a row of the panel. `layout` are arguments of `plots.axes`.
     """
     if not images_by_model:
         return None
@@ -184,10 +184,11 @@ def trajectories(records):
     Each row is a sample, from noise on the left to the image on the right.
     """
     panels = {}
-    for model, steps in image_arrays(records, "trajectory").items():  # steps: (steps, samples, C, H, W)
-        by_sample = steps.transpose(0, 1).flatten(0, 1)  # all steps of a sample are neighbours
-        panels[model] = (by_sample, len(steps))
-    count = max(len(panels), 1)  # the width is divided by it, also where there is no panel
+    for model, images in image_arrays(records, "trajectory").items():  # (steps, samples, C, H, W)
+        by_sample = images.transpose(0, 1).flatten(0, 1)  # all steps of a sample are neighbours
+        panels[model] = (by_sample, len(images))
+    count = max(len(panels), 1)  # a divisor, also where there is no panel
+    # in inches: the panels share the width of a page, and narrower panels have smaller images
     return _panels(panels, columns=count, width=9 / count, height=1.2 + 2.4 / count)
 
 # %% ../../nbs/7_course/01_report.ipynb #report-25
@@ -204,8 +205,9 @@ def interpolations(records):
 def refinements(records):
     "A figure with each model's VAE samples above their refinements; None when no record lists any."
     rows = {}
-    for model, (of_vae, refined) in image_arrays(records, "pairs").items():
-        rows[f"{model}, VAE"] = of_vae
+    for model, pairs in image_arrays(records, "pairs").items():  # (2, N, C, H, W)
+        samples, refined = pairs
+        rows[f"{model}, VAE"] = samples
         rows[f"{model}, refined"] = refined
     return plots.labelled_rows(rows) if rows else None
 
@@ -214,7 +216,7 @@ missing_mark = "**Missing:**"
 
 # %% ../../nbs/7_course/01_report.ipynb #report-29
 def missing_figure(what, reasons):
-    "A paragraph in Markdown, a quotation, that says `what` is missing, and the list of `reasons` for it."
+    "A quotation in Markdown that says that `what` is missing, and why: `reasons` is a list of texts."
     why = f" – {'; '.join(reasons)}" if reasons else ""
     return f"> {missing_mark} {what}{why}."
 
@@ -229,12 +231,14 @@ def figure_block(fig, name, caption, folder):
 
 # %% ../../nbs/7_course/01_report.ipynb #report-33
 def _sections(records, results, folder):
-    """The report's sections in order, each as (title, text in Markdown, `"evaluate"` or `"train"`).
+    """The report's sections in order, each as a tuple (title, text in Markdown, kind of runs).
 
-    The last says which kind of runs feeds it. Pictures are written into `folder`.
+    The kind, `"evaluate"` or `"train"`, says from which runs the section is made. `results` is the table of
+    results in Markdown. Pictures are written into `folder`.
     """
 
     def picture(draw, caption):
+        "The Markdown of the figure that the function `draw` makes of the records, written under its name."
         return figure_block(draw(records), draw.__name__, caption, folder)
 
     samples = picture(sample_grids, "Samples of each model, the first that were drawn.")
@@ -290,19 +294,19 @@ def provenance_sentence(records):
     start = min(record["start"] for record in of_runs)
     end = max(record["end"] or record["start"] for record in of_runs)
     commits = ", ".join(sorted({_commit(record["git"]) for record in of_runs}))
-    last = of_runs[-1]
+    last = of_runs[-1]  # its device and its versions stand for those of all runs
     versions = ", ".join(f"{package} {version}" for package, version in last["versions"].items())
     return f"{len(of_runs)} runs from {start} to {end} on {last['device']}; code at {commits}; {versions}."
 
 
 def _commit(git):
-    "The commit in a record's `git` entry, its first ten letters, and whether the code had changes beside it."
+    "A text for a record's `git` entry: the commit's first ten letters, and whether the code had changes."
     name = (git["commit"] or "no commit")[:10]
     return f"{name} with changes" if git["dirty"] else name
 
 # %% ../../nbs/7_course/01_report.ipynb #report-39
 def to_html(markdown, folder, path):
-    "Write the page as one HTML file, with the pictures of `folder` inside."
+    "Write a report in Markdown as one HTML file `path`, with the pictures of `folder` inside."
     import pypandoc
 
     arguments = ["--standalone", "--embed-resources", f"--resource-path={folder}"]
@@ -314,7 +318,10 @@ def to_html(markdown, folder, path):
 
 # %% ../../nbs/7_course/01_report.ipynb #report-41
 def to_pdf(markdown, folder, path):
-    "Write the page as a PDF by way of Typst, with the pictures of `folder`."
+    """Write a report in Markdown as a PDF file `path`, with the pictures of `folder` inside.
+
+    The report is turned into Typst first; that text stays in `folder` as `report.typ`.
+    """
     import pypandoc
     import typst
 

@@ -328,7 +328,9 @@ def edit_codes(
     z,  # codes, (B, d)
     step,  # where to move them: one step for all, (d,), or one for each, (B, d)
     amount=1.0,  # how many steps
-    share="batch",  # noise: batch (one for all), sample (one for each) or none (another after the edit)
+    # who has the same noise: batch, all samples, before and after the edit; sample, each sample before and
+    # after; none, nobody: the noise after the edit is another
+    share="batch",  # batch, sample or none
     seed=0,  # the first seed of the noise
     **walk,  # keywords of `draw_with_noise`
 ):
