@@ -25,14 +25,14 @@ from ..core.parameters import at_least, choice, positive
 def nonsaturating_d(real, fake, smoothing=1.0):
     """The discriminator's loss in nats, from its logits on real and on drawn images.
 
-    It is −E[s log D(x) + (1 − s) log(1 − D(x))] − E log(1 − D(G(z))), where s is `smoothing`.
+    The loss is −E[s log D(x) + (1 − s) log(1 − D(x))] − E log(1 − D(G(z))), where s is `smoothing`.
 
     Source: Goodfellow et al. 2014, equation 1; Salimans et al. 2016, section 3.4.
     """
     target = torch.full_like(real, smoothing)
-    of_real = F.binary_cross_entropy_with_logits(real, target)
-    of_fake = F.softplus(fake).mean()  # −log(1 − sigmoid(a)) = softplus(a)
-    return of_real + of_fake
+    loss_on_real = F.binary_cross_entropy_with_logits(real, target)
+    loss_on_fake = F.softplus(fake).mean()  # −log(1 − sigmoid(a)) = softplus(a)
+    return loss_on_real + loss_on_fake
 
 
 def nonsaturating_g(fake):
@@ -40,7 +40,7 @@ def nonsaturating_g(fake):
 
     Source: Goodfellow et al. 2014, section 3.
     """
-    return F.softplus(-fake).mean()
+    return F.softplus(-fake).mean()  # −log sigmoid(a) = softplus(−a)
 
 
 def hinge_d(real, fake):
@@ -60,23 +60,24 @@ def hinge_g(fake):
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-14
 def descend(optimizer, loss, retain_graph=False):
-    """One step of `optimizer` down `loss`; only the parameters of `optimizer` get a gradient.
+    """Make one step of `optimizer` down `loss`; only the parameters of `optimizer` get a gradient.
 
-    `retain_graph` keeps the graph of the loss for another call that shares a part of it.
+    `retain_graph` keeps the graph of the loss for a later call, with another loss that shares a part of it.
     """
-    own = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    loss.backward(inputs=own, retain_graph=retain_graph)
+    loss.backward(inputs=parameters, retain_graph=retain_graph)
     optimizer.step()
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-17
 @torch.no_grad()
 def mode_coverage(images, classifier, least=0.03):
-    """How `images` `(N, C, H, W)` spread over the k classes of a classifier.
+    """How `images` `(N, C, H, W)` spread over the k classes of a classifier, as a dict.
 
-    `classifier(images)` gives logits `(N, k)`, or a tuple that ends in them. The dict has `shares`, with the
-    ends `low` and `high` of their 95 % intervals, each `(k,)`; `covered`, the number of shares of at least
-    `least`; `entropy` of the shares in nats; and `n`, the number of images.
+    `classifier(images)` gives logits `(N, k)`, or a tuple that ends in them. The dict has `shares`, those of
+    the classes, with the ends `low` and `high` of their 95 % intervals, each `(k,)`; `covered`, the number
+    of classes whose share is at least `least`; `entropy`, that of the shares in nats; and `n`, the number of
+    images.
 
     Raises: ValueError for no images or a `least` outside [0, 1].
     Source: Wilson 1927, for the intervals.
@@ -91,7 +92,8 @@ def mode_coverage(images, classifier, least=0.03):
     n, k = logits.shape
     counts = torch.bincount(logits.argmax(1), minlength=k)
     shares = counts / n
-    intervals = [binomtest(count, n).proportion_ci(0.95, method="wilson") for count in counts.tolist()]
+    tests = [binomtest(count, n) for count in counts.tolist()]
+    intervals = [test.proportion_ci(confidence_level=0.95, method="wilson") for test in tests]
     return {
         "shares": shares,
         "low": shares.new_tensor([interval.low for interval in intervals]),
@@ -103,10 +105,7 @@ def mode_coverage(images, classifier, least=0.03):
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-28
 class Discriminator(nn.Module):
-    """A `head` on a `body`: images `(B, C, H, W)` to logits, float32.
-
-    There is one logit for each image, `(B, 1)`, or for each patch, `(B, 1, h, w)`.
-    """
+    "A network that tells real images from drawn ones: a `head`, for logits, on a `body`, for features."
 
     def __init__(self, body, head):
         super().__init__()
@@ -114,6 +113,10 @@ class Discriminator(nn.Module):
         self.head = head
 
     def forward(self, x):
+        """Logits of images `(B, C, H, W)` as float32: high where they look real.
+
+        There is one logit for each image, `(B, 1)`, or for each patch, `(B, 1, h, w)`.
+        """
         return self.head(self.body(x)).float()
 
 
@@ -132,11 +135,12 @@ def dense_pair(
     width=256,  # of the generator's narrowest layer
     dropout=0.3,  # of the discriminator
 ):
-    """A generator, z `(B, z_dim)` to images `(B, channels, size, size)` in [-1, 1], and a `Discriminator`.
+    """The pair of a generator and a `Discriminator`, both of linear layers.
 
-    The generator's layers are 1, 2 and 4 times `width` wide, the discriminator mirrors them.
+    The generator takes codes `(B, z_dim)` to images `(B, channels, size, size)` in [-1, 1], through layers
+    that are 1, 2 and 4 times `width` wide. The discriminator has the same widths in reverse.
     """
-    numbers = channels * size**2
+    numbers = channels * size**2  # in an image
     generator = nn.Sequential(
         *_dense(z_dim, width, 2 * width, 4 * width),
         nn.Linear(4 * width, numbers),
@@ -149,9 +153,11 @@ def dense_pair(
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-30
 def _bounded(layer, dropout=0.0):
-    """A list of `layer`, whose kernel's norm is held at 1, a leaky ReLU and dropout.
+    """A list of three layers: `layer` with spectral normalisation, a leaky ReLU, and dropout.
 
-    Together they lengthen no difference between inputs, but for the overlaps of a convolution's windows.
+    The normalisation holds the largest singular value of the weight, taken as a matrix, at 1. So the outputs
+    for two inputs are no farther apart than the inputs are. Dropout is an exception while training, and so
+    are convolutions: their windows overlap, so that a pixel counts more than once.
     """
     return [spectral_norm(layer), nn.LeakyReLU(0.2), nn.Dropout(dropout)]
 
@@ -164,7 +170,9 @@ def convolutional_discriminator(
     attention=(),  # the resolutions, in pixels, that get self-attention
     dropout=0.0,  # after each convolution
 ):
-    """A spectrally normalised `Discriminator` of `levels` strided convolutions.
+    """A spectrally normalised `Discriminator` with one logit for each image.
+
+    A first convolution keeps the resolution, then `levels` strided ones halve it.
 
     Raises: ValueError for a size that cannot be halved so often.
     """
@@ -176,16 +184,17 @@ def convolutional_discriminator(
         width = 2 * width
         if size // 2**level in attention:
             layers.append(SelfAttention(width))
-    features = width * (size // 2**levels) ** 2
-    head = nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(features, 1)))
+    coarsest = size // 2**levels  # pixels of a side
+    numbers = width * coarsest**2  # that the body gives for an image
+    head = nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(numbers, 1)))
     return Discriminator(nn.Sequential(*layers), head)
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-34
 @configured
 class PatchDiscriminator(Discriminator):
-    """Images `(B, channels, H, W)` to a map of logits `(B, 1, h, w)`, one for each patch.
+    """A discriminator of patches: images `(B, channels, H, W)` to logits `(B, 1, h, w)`, one for each patch.
 
-    A patch has 16, 34, 70 pixels a side for 1, 2, 3 `layers`.
+    With 1, 2 or 3 `layers` a patch has 16, 34 or 70 pixels a side.
 
     Raises: ValueError for less than one layer, or images under 3 · 2^layers pixels.
     Source: Isola et al. 2017, section 3.2 and appendix 6.1.2.
@@ -193,6 +202,7 @@ class PatchDiscriminator(Discriminator):
 
     def __init__(self, channels=3, width=64, layers=3):
         at_least(1, layers=layers)
+        # each convolution doubles the width, up to 8 times the first one, as published
         widths = [width * min(2**i, 8) for i in range(layers + 1)]
         body = _bounded(nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1))
         for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
@@ -200,11 +210,12 @@ class PatchDiscriminator(Discriminator):
             body += _bounded(nn.Conv2d(c_in, c_out, kernel_size=4, stride=stride, padding=1))
         head = spectral_norm(nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1))
         super().__init__(nn.Sequential(*body), head)
-        # pixels: `layers` halvings leave 3, and the last two convolutions take off one each
+        # pixels of the shortest side: `layers` halvings leave 3, the last two convolutions take off one each
         self.least = 3 * 2**layers
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
+        "Logits `(B, 1, h, w)`, float32. Raises: ValueError for images that are too small for the layers."
         if min(x.shape[2:]) < self.least:
             raise ValueError(
                 f"images of at least {self.least} pixels are needed, got {tuple(x.shape)}; use fewer layers"
@@ -213,9 +224,9 @@ class PatchDiscriminator(Discriminator):
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-37
 def adversarial_adam(parameters, settings, ratio=1.0):
-    """An AdamW optimizer with β = (0.5, 0.999), at `ratio` times the learning rate of the `Settings`.
+    """An AdamW optimizer with β = (0.5, 0.999), at `ratio` times the learning rate of the `settings`.
 
-    The `clip` of the settings has no effect.
+    The `clip` of the settings has no effect, as `descend` does not clip.
 
     Source: Radford et al. 2016, section 4.
     """
@@ -227,7 +238,7 @@ def adversarial_adam(parameters, settings, ratio=1.0):
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-39
 class AdversarialSystem(nn.Module):
-    """What adversarial systems share, given `decode(z)`, `prior` and `discriminator`.
+    """The base of adversarial systems; a subclass has `decode(z)`, `prior` and `discriminator`.
 
     Raises: ValueError for numbers out of range.
     """
@@ -241,9 +252,13 @@ class AdversarialSystem(nn.Module):
         self.lr_ratio = lr_ratio  # the discriminator's learning rate divided by the generator's
 
     def discriminator_terms(self, x, fake):
-        "The discriminator's loss on real and drawn images, and its mean D(x) and D(G(z)), as a dict."
+        """A dict on how well the discriminator tells real images `x` from drawn ones `fake`.
+
+        The loss, in nats, is `discriminator`; the means of D(x) and D(G(z)) are `d_real` and `d_fake`.
+        """
+        # one pass for both: in training each pass updates the spectral norms by a power iteration
         both = torch.cat([x, fake.detach()])
-        logits = self.discriminator(both)  # one pass for both, as each is a power iteration
+        logits = self.discriminator(both)
         on_real, on_fake = logits.split([len(x), len(fake)])
         return {
             "discriminator": nonsaturating_d(on_real, on_fake, self.smoothing),
@@ -252,10 +267,10 @@ class AdversarialSystem(nn.Module):
         }
 
     def loss(self, batch):
-        """A dict for validation only, whose `loss` is the energy distance of the batch and as many samples.
+        """A dict for validation only: its `loss` is the energy distance between the batch and samples.
 
-        The distance is taken between pixels. The dict also has the discriminator's loss on the batch and the
-        samples, and its mean D(x) and D(G(z)).
+        There are as many samples as images in the batch, and the distance is one of pixels. The dict also has
+        what `discriminator_terms` gives for both.
         """
         check_images(self, batch.x)
         fake = self.decode(self.prior.sample(len(batch.x)))
@@ -323,18 +338,17 @@ class GAN(AdversarialSystem):
         ]
 
     def step(self, batch, optimizers):
-        """One round: a step of the discriminator, then one of the generator.
+        """Make one round: a step of the discriminator, then one of the generator.
 
-        It returns the generator's `loss` and the discriminator's, in nats, and the mean D(x) and D(G(z))
-        before the round.
+        Returns a dict: the generator's `loss` in nats, and what `discriminator_terms` gave before the round.
         """
         check_images(self, batch.x)
-        of_generator, of_discriminator = optimizers
+        generator_optimizer, discriminator_optimizer = optimizers
         fake = self.decode(self.prior.sample(len(batch.x)))
         terms = self.discriminator_terms(batch.x, fake)
-        descend(of_discriminator, terms["discriminator"])
+        descend(discriminator_optimizer, terms["discriminator"])
         loss = nonsaturating_g(self.discriminator(fake))
-        descend(of_generator, loss)
+        descend(generator_optimizer, loss)
         return {"loss": loss, **terms}
 
 # %% ../../nbs/3_autoencoders/10_gan.ipynb #gan-49
@@ -344,10 +358,10 @@ _of_the_vae = ("size", "channels", "z_dim", "prior", "encode", "decode", "poster
 
 @configured
 class VAEGAN(AdversarialSystem):
-    """A VAE whose reconstructions are compared in a discriminator's features.
+    """A VAE whose reconstructions are compared with the images in a discriminator's features.
 
-    The discriminator judges them together with samples. To whoever uses it, the system is a VAE. Distortion
-    and KL go through the objective of its `vae`.
+    The discriminator judges the reconstructions, together with samples, against the images. Outside of
+    training the system offers what a VAE does. The objective of `vae` weighs distortion and KL.
 
     Raises: ValueError for what does not fit.
     Source: Larsen et al. 2016, algorithm 1.
@@ -374,10 +388,13 @@ class VAEGAN(AdversarialSystem):
         self.to(memory_format=torch.channels_last)
 
     def __getattr__(self, name):
-        return getattr(self.vae, name) if name in _of_the_vae else super().__getattr__(name)
+        "An attribute that is not found here: that of the `vae` for what a VAE promises, else a submodule."
+        if name in _of_the_vae:
+            return getattr(self.vae, name)
+        return super().__getattr__(name)
 
     def optimizers(self, settings):
-        """Three optimizers: of encoder and decoder, and of the discriminator at `lr_ratio` times their rate.
+        """The encoder's optimizer, the decoder's, and the discriminator's at `lr_ratio` times their rate.
 
         A flow or a prior that learns goes with the encoder.
         """
@@ -390,36 +407,38 @@ class VAEGAN(AdversarialSystem):
         ]
 
     def step(self, batch, optimizers):
-        """One round of updates: the discriminator's, then the encoder's, then the decoder's.
+        """Make one round: a step of the discriminator, then one of the encoder, then one of the decoder.
 
         Returns a dict, in nats: the encoder's `loss`, its `distortion` in features and its `kl`, the
-        decoder's `judgement`, and the discriminator's loss, with its mean D(x) and D(G(z)).
+        decoder's `judgement`, what `discriminator_terms` gave before the round, and what the objective logs.
         """
         x = batch.x
         check_images(self, x)
-        of_encoder, of_decoder, of_discriminator = optimizers
+        encoder_optimizer, decoder_optimizer, discriminator_optimizer = optimizers
         n = len(x)
         q, z, log_q = self.vae.draw(x)
         drawn = self.decode(torch.cat([z, self.prior.sample(n)]))  # x̂ and as many samples
         terms = self.discriminator_terms(x, drawn)
-        descend(of_discriminator, terms["discriminator"])
+        descend(discriminator_optimizer, terms["discriminator"])
 
         features = self.discriminator.body(torch.cat([x, drawn])).float()  # D_l of x, x̂ and the samples
-        of_x = features[:n].detach()
-        of_x_hat = features[n : 2 * n]
-        of_drawn = features[n:]
-        squared = (of_x_hat - of_x).square().flatten(1).sum(1)  # ‖D_l(x) − D_l(x̂)‖² of each image
+        x_features = features[:n].detach()
+        x_hat_features = features[n : 2 * n]
+        drawn_features = features[n:]  # those of x̂ and of the samples
+        difference = x_hat_features - x_features
+        squared = difference.square().flatten(1).sum(1)  # ‖D_l(x) − D_l(x̂)‖² of each image
         distortion = squared.mean() / (2 * self.sigma**2)  # L_llike
-        judgement = nonsaturating_g(self.discriminator.head(of_drawn).float())
+        judgement = nonsaturating_g(self.discriminator.head(drawn_features).float())
         kl = self.vae.kl(q, z, log_q).mean(0)  # of each dimension
-        loss, more = self.vae.objective(distortion, kl)
-        descend(of_encoder, loss, retain_graph=True)  # the decoder's loss needs the distortion's graph, too
-        descend(of_decoder, self.gamma * distortion + judgement)
+        loss, logged = self.vae.objective(distortion, kl)
+        # the graph stays: the decoder's loss needs that of the distortion, too
+        descend(encoder_optimizer, loss, retain_graph=True)
+        descend(decoder_optimizer, self.gamma * distortion + judgement)
         return {
             "loss": loss,
             "distortion": distortion,
             "kl": kl.sum(),
             "judgement": judgement,
             **terms,
-            **more,
+            **logged,
         }

@@ -20,9 +20,9 @@ from ..core.layers import ResidualBlock, SelfAttention, downsample, group_norm, 
 
 # %% ../../nbs/3_autoencoders/09_hierarchical.ipynb #hierarchical-06
 class TopLevel(nn.Module):
-    """The first level: a vector of `z_dim` numbers with the prior N(0, I).
+    """The first level, whose code is a vector of `z_dim` numbers with the prior N(0, I).
 
-    The state that it opens has `width` maps of `low` × `low` pixels, like the features that it reads.
+    The features that its posterior reads and the state that its code becomes are `(B, width, low, low)`.
     """
 
     def __init__(self, width, z_dim, low):
@@ -42,16 +42,19 @@ class TopLevel(nn.Module):
         self.z_dim = z_dim
 
     def prior(self, h):
-        "N(0, I) over `(B, z_dim)`; of `h` only the length B and the device matter."
+        "The prior N(0, I) over codes `(B, z_dim)`; of `h` only the length B and the device matter."
         mean_and_logvar = torch.zeros(len(h), 2 * self.z_dim, device=h.device)
         return normal_from_parameters(mean_and_logvar)
 
     def posterior(self, h, p, features):
-        "q(z | x), from the encoder's features `(B, width, low, low)`; `h` and `p` are not needed here."
+        """The posterior q(z | x) over codes `(B, z_dim)`, from the encoder's features `(B, width, low, low)`.
+
+        `h` and `p` have no effect; they are here because `CodeLevel.posterior` takes them.
+        """
         return normal_from_parameters(self.q(features).float())
 
     def forward(self, h, z):
-        "The first state, `(B, width, low, low)`, which depends on the code z alone."
+        "The first state, `(B, width, low, low)`, which depends on the code `z` alone; `h` has no effect."
         return self.open(z)
 
 # %% ../../nbs/3_autoencoders/09_hierarchical.ipynb #hierarchical-07
@@ -67,7 +70,7 @@ class CodeLevel(nn.Module):
         self.p = nn.Sequential(
             ResidualBlock(width, width),
             nn.SiLU(),
-            zero_init(nn.Conv2d(width, 2 * z_channels, kernel_size=1)),
+            zero_init(nn.Conv2d(width, 2 * z_channels, kernel_size=1)),  # so the prior is N(0, I) at first
         )
         self.q = nn.Sequential(
             ResidualBlock(2 * width, width),
@@ -79,27 +82,30 @@ class CodeLevel(nn.Module):
         self.attention = SelfAttention(width) if attention else nn.Identity()
 
     def prior(self, h):
-        "p(z | what lies above), a normal distribution over `(B, z_channels, R, R)`."
+        "The prior p(z | codes above) over `(B, z_channels, R, R)`, from the state h `(B, width, R, R)`."
         return normal_from_parameters(self.p(h).float())
 
     def posterior(self, h, p, features):
-        """q(z | what lies above, x), from the encoder's features `(B, width, R, R)`.
+        """The posterior q(z | codes above, x) over `(B, z_channels, R, R)`.
 
-        It is given by offsets of the mean and log-variance of `p`, the prior for this h.
+        `h` is the state and `features` are the encoder's, both `(B, width, R, R)`. What the network computes
+        from them is added to the mean and the log-variance of `p`, the prior for this h.
         """
-        expected = torch.cat([p.mean, 2 * p.stddev.log()], dim=1)
+        # means, then log-variances: log σ² = 2 log σ
+        prior_parameters = torch.cat([p.mean, 2 * p.stddev.log()], dim=1)
         offsets = self.q(torch.cat([h, features], dim=1)).float()
-        return normal_from_parameters(expected + offsets)
+        return normal_from_parameters(prior_parameters + offsets)
 
     def forward(self, h, z):
-        "The state with the code in it, `(B, width, R, R)`."
+        "The state `h` with the code `z` added to it, `(B, width, R, R)`."
         return self.attention(self.block(h + self.merge(z)))
 
 # %% ../../nbs/3_autoencoders/09_hierarchical.ipynb #hierarchical-10
 class TopDown(nn.Module):
     """The prior p(z) = Π p(z_l | z_<l): a vector, then maps at one resolution after another.
 
-    Codes are flat, `(B, dim)`, from the top down. Like every prior it has `sample(n)` and `log_prob(z)`.
+    Codes are flat, `(B, dim)`: the numbers of one level after another, from the top down. Like every prior,
+    this one has `sample(n)` and `log_prob(z)`.
     """
 
     def __init__(
@@ -118,18 +124,19 @@ class TopDown(nn.Module):
         self.dim = sum(self.sizes)
         self.levels = nn.ModuleList([TopLevel(width, z_dim, low)])
         for channels, side in zip(z_channels, resolutions):
-            self.levels.append(CodeLevel(width, channels, side in attention))
-        # from level to level; the top and the first maps have the same resolution
+            self.levels.append(CodeLevel(width, channels, attention=side in attention))
+        # For each level the layer that brings the state to its resolution. Two levels need none: the top has
+        # no state above it, and the first maps have the resolution of the state that the top opens.
         self.ups = nn.ModuleList([nn.Identity(), nn.Identity()])
         for _ in resolutions[1:]:
             self.ups.append(upsample(width, width))
-        self.register_buffer("blank", torch.zeros(1), persistent=False)
+        self.register_buffer("blank", torch.zeros(1), persistent=False)  # stands for the state above the top
 
     def walk(self, n, choose):
-        """Yields (p, z, h) of each level, from the top down, for a batch of `n` codes.
+        """Yields (p, z, h) of each level, from the top down, for a batch of `n` codes: prior, code and state.
 
-        `choose(i, h, p)` gives the code z of level i, 0 for the top, from the state h above it and the prior
-        p. The h that is yielded is the state with z in it.
+        `choose(i, h, p)` gives the code z of level i, which is 0 for the top, from the state h before the
+        level and the prior p. The h that is yielded is the state after the level, with z in it.
         """
         h = self.blank.expand(n)  # there is no state yet; the top needs its length and device
         for i, (level, up) in enumerate(zip(self.levels, self.ups)):
@@ -149,14 +156,16 @@ class TopDown(nn.Module):
         parts = self.parts(z)
 
         def part_of_level(i, h, p):
+            "The code of level i, which is given: state and prior do not matter."
             return parts[i]
 
         return list(self.walk(len(z), part_of_level))
 
     def sample(self, n):
-        "`n` codes, `(n, dim)`."
+        "`n` flat codes drawn from the prior, `(n, dim)`."
 
         def draw(i, h, p):
+            "A code of level i, drawn from its prior p."
             return p.sample()
 
         codes = [z.flatten(1) for _, z, _ in self.walk(n, draw)]
@@ -175,14 +184,18 @@ class TopDownPosterior(Distribution):
     def __init__(self, prior, features):
         self.prior = prior
         self.features = features  # a list: those of each level, from the top down
-        super().__init__((len(features[0]),), (prior.dim,), validate_args=False)
+        batch = len(features[0])
+        super().__init__(batch_shape=(batch,), event_shape=(prior.dim,), validate_args=False)
 
     def walk(self, choose):
-        "A list of (q, p, z) of each level, where `choose(i, q)` gives the code z of level i."
+        """A list of (q, p, z) of each level, from the top down: posterior, prior and code.
+
+        `choose(i, q)` gives the code z of level i, which is 0 for the top.
+        """
         posteriors = []
 
         def from_posterior(i, h, p):
-            "The code of level i, which `choose` takes from its posterior; the posterior is noted."
+            "The code of level i, which `choose` takes from the posterior q; q is also kept in `posteriors`."
             q = self.prior.levels[i].posterior(h, p, self.features[i])
             posteriors.append(q)
             return choose(i, q)
@@ -192,7 +205,7 @@ class TopDownPosterior(Distribution):
         return [(q, p, z) for q, (p, z, _) in zip(posteriors, steps)]
 
     def rsample(self, sample_shape=()):
-        "Flat codes `(B, dim)`, one for each image."
+        "Flat codes `(B, dim)`, one drawn for each image; `sample_shape` has no effect."
         steps = self.walk(lambda i, q: q.rsample())
         return torch.cat([z.flatten(1) for _, _, z in steps], dim=1)
 
@@ -204,7 +217,7 @@ class TopDownPosterior(Distribution):
 
     @property
     def mean(self):
-        "Each level's mean given the means above it, `(B, dim)`."
+        "Flat codes `(B, dim)`: the mean of each level's posterior, given the means of the levels above."
         steps = self.walk(lambda i, q: q.mean)
         return torch.cat([z.flatten(1) for _, _, z in steps], dim=1)
 
@@ -212,7 +225,7 @@ class TopDownPosterior(Distribution):
 class BottomUp(nn.Module):
     """Images `(B, channels, R, R)` to features of `width` maps at R, R/2, … R/2^`levels` pixels.
 
-    They come as a list, the coarsest first.
+    `forward` returns the features as a list, the coarsest first.
     """
 
     def __init__(self, channels, width, levels):
@@ -223,6 +236,7 @@ class BottomUp(nn.Module):
             self.downs.append(nn.Sequential(downsample(width, width), ResidualBlock(width, width)))
 
     def forward(self, x):
+        "Images to the list of features, each `(B, width, r, r)`."
         features = [self.stem(x)]
         for down in self.downs:
             features.append(down(features[-1]))
@@ -264,7 +278,7 @@ class HierarchicalVAE(VAEBase):
         self.encoder = BottomUp(channels, width, levels)
         self.prior = TopDown(low, z_dim, z_channels, width, attention)
         self.z_dim = self.prior.dim
-        without_code = []  # resolutions above the last code
+        without_code = []  # layers from the last code's resolution to that of the images
         for _ in range(levels + 1 - len(z_channels)):
             without_code += [upsample(width, width), ResidualBlock(width, width)]
         self.head = nn.Sequential(
@@ -296,7 +310,7 @@ class HierarchicalVAE(VAEBase):
     def draw(self, x):
         """Three things from one walk: q(z | x), codes z `(B, z_dim)` drawn from it, and log q(z | x) `(B,)`.
 
-        The distribution also has the KL of each level in nats, `rates` `(B, L)`.
+        The distribution gets an attribute for `kl`: `rates` `(B, L)`, the KL of each of the L levels in nats.
         """
         posterior = self.encode(x)
         qs, ps, zs = zip(*posterior.walk(lambda i, q: q.rsample()))
@@ -307,5 +321,8 @@ class HierarchicalVAE(VAEBase):
         return posterior, codes, log_q
 
     def kl(self, q, z, log_q):
-        "The KL of each level in nats, `(B, L)`, in closed form given the codes above."
+        """The KL of each of the L levels in nats, `(B, L)`, in closed form given the codes above the level.
+
+        `q` comes from `draw`, which has computed it; `z` and `log_q` have no effect.
+        """
         return q.rates

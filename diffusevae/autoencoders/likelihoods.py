@@ -106,8 +106,8 @@ class Bernoulli(nn.Module):
 class DiscretisedLogistic(nn.Module):
     """The likelihood of bytes: each of the 256 levels has the mass of a logistic distribution in its bin.
 
-    The logistic distribution has the mean x̂ and the given `scale`, for images in [-1, 1]. The darkest level's
-    bin goes down to −∞, the brightest level's up to ∞. The likelihood is a mass, and so `discrete`.
+    The logistic distribution has the mean x̂ and the given `scale`, for images in [-1, 1]. The bin of the
+    darkest level goes down to −∞, that of the brightest up to ∞. The likelihood is a mass, and so `discrete`.
 
     Raises: ValueError for a scale that is not a finite number above 0.
     Source: Salimans et al. 2017, equation 2, with one component.

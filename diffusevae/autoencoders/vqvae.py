@@ -41,8 +41,8 @@ def perplexity(counts):
 class Quantiser(nn.Module):
     """A layer that replaces each vector of a grid by the nearest code in its codebook.
 
-    Gradients pass straight through to the vectors. In training mode, and only there, the codes move as
-    moving averages of the vectors they replace.
+    Gradients pass straight through to the vectors. In training mode, and only there, each code is a moving
+    average of the vectors that it replaces.
 
     Raises: ValueError for numbers out of range.
     Source: van den Oord et al. 2017, section 3.2 and appendix A.1.
@@ -53,7 +53,7 @@ class Quantiser(nn.Module):
         codes,  # K, the number of codes, at least 2
         dim,  # of a code, at least 1
         decay=0.99,  # γ of the moving averages, in [0, 1)
-        commitment=0.25,  # β, on the encoder's term
+        commitment=0.25,  # β, the weight of the commitment, which draws the encoder's vectors to their codes
         revive_below=0.05,  # revive codes used less than this share of the average, in [0, 1); 0: never
     ):
         super().__init__()
@@ -68,9 +68,9 @@ class Quantiser(nn.Module):
         self.revive_below = revive_below
         # with revival all codes are dead at first, and the first batch places them
         first_count = 0.0 if revive_below else 1.0
-        self.register_buffer("codebook", torch.randn(codes, dim))  # e
-        self.register_buffer("count", torch.full((codes,), first_count))  # N
-        self.register_buffer("total", self.codebook * self.count[:, None])  # m
+        self.register_buffer("codebook", torch.randn(codes, dim))  # e, the codes
+        self.register_buffer("count", torch.full((codes,), first_count))  # N, vectors per code in a batch
+        self.register_buffer("total", self.codebook * self.count[:, None])  # m, the sums of these vectors
 
     def indices(self, z):
         "The nearest code at each place: `(B, dim, h, w)` to int64 `(B, h, w)`."
@@ -83,12 +83,13 @@ class Quantiser(nn.Module):
         return F.embedding(indices, self.codebook).movedim(-1, 1)
 
     def forward(self, z):
-        """Returns z_q, which passes its gradient on to `z`, its indices, and β times the commitment.
+        """Returns three things: the nearest codes z_q, their indices, and β times the commitment.
 
-        `z` and z_q are `(B, dim, h, w)`, the indices int64 `(B, h, w)`, the commitment is the mean of
-        (z_e − sg(z_q))², a scalar. In training mode the codebook makes a step.
+        `z` and z_q are `(B, dim, h, w)`, and the gradient of z_q is handed to `z`. The indices are int64
+        `(B, h, w)`. The commitment is a scalar, the mean of (z − sg(z_q))². In training mode the codebook
+        makes a step.
         """
-        grid = z.detach().to(self.codebook.dtype).movedim(1, -1)
+        grid = z.detach().to(self.codebook.dtype).movedim(1, -1)  # (B, h, w, dim)
         vectors = grid.flatten(0, -2)  # (B h w, dim)
         if self.training and self.revive_below:
             self.revive_codes(vectors)
@@ -96,34 +97,39 @@ class Quantiser(nn.Module):
         z_q = self.lookup(indices).to(z.dtype)
         if self.training:  # after the lookup: z_q comes from the codes as they were
             self.update_codebook(vectors, indices.flatten())
-        straight_through = z + (z_q - z).detach()
-        commitment = F.mse_loss(z, z_q)
-        return straight_through, indices, self.commitment * commitment
+        straight_through = z + (z_q - z).detach()  # the value of z_q, the gradient of z
+        squared_error = F.mse_loss(z, z_q)
+        return straight_through, indices, self.commitment * squared_error
 
     @torch.no_grad()
     def update_codebook(self, vectors, indices):
-        """Move the codebook towards `vectors` `(N, dim)`, whose nearest codes are `indices` `(N,)`.
+        """Move each code towards the mean of those `vectors` `(N, dim)` whose nearest code it is.
+
+        `indices` `(N,)` says which code is the nearest to each vector.
 
         Source: van den Oord et al. 2017, appendix A.1.
         """
         K = len(self.count)
-        eps = 1e-5
+        eps = 1e-5  # ε, small beside the count of a code in use
         n_i = torch.bincount(indices, minlength=K).to(self.count)
         sum_i = torch.zeros_like(self.total).index_add_(0, indices, vectors)
         self.count.lerp_(n_i, 1 - self.decay)  # N_i ← γ N_i + (1 − γ) n_i
         self.total.lerp_(sum_i, 1 - self.decay)  # m_i ← γ m_i + (1 − γ) Σ z_e
         n = self.count.sum()
-        smoothed = (self.count + eps) / (n + K * eps) * n  # Laplace: no divisor is zero
+        # Laplace smoothing of the counts: their sum stays n, and no divisor is zero
+        smoothed = (self.count + eps) / (n + K * eps) * n
         self.codebook.copy_(self.total / smoothed[:, None])
 
     @torch.no_grad()
     def revive_codes(self, vectors):
-        """Put dead codes, all of them at first, where random `vectors` `(N, dim)` of the batch are.
+        """Put each dead code where one of the batch's `vectors` `(N, dim)` is, drawn at random.
+
+        A code is dead if its count is at most `revive_below` times the mean count: at first all codes are.
 
         Source: Dhariwal et al. 2020, section 3.1.
         """
         K = len(self.count)
-        average = len(vectors) / K  # how often a code is chosen if all are used alike
+        average = len(vectors) / K  # how many vectors a code replaces if all codes are used alike
         dead = self.count <= self.revive_below * self.count.mean()
         chosen = torch.randint(len(vectors), (K,), device=vectors.device)
         fresh = vectors[chosen]
@@ -133,11 +139,11 @@ class Quantiser(nn.Module):
 
 # %% ../../nbs/3_autoencoders/11_vqvae.ipynb #vqvae-25
 class FirstStage(nn.Module):
-    """What latent diffusion needs of an autoencoder with `latent(x)` and `image(z)`.
+    """The base of first stages, the autoencoders of latent diffusion; a subclass has `latent` and `image`.
 
-    `latent` maps images to unscaled latents `(B, *latent_shape)`, and `image` maps these back. The shape is
-    `(c, size/2^levels, size/2^levels)`. `scale`, a buffer, is one over the latents' standard deviation, and 0
-    until `set_scale`.
+    `latent(x)` maps images to unscaled latents `(B, *latent_shape)`, and `image(z)` maps these back. The
+    shape is `(c, size/2^levels, size/2^levels)`. `scale`, a buffer, is one over the latents' standard
+    deviation, and 0 until `set_scale`.
 
     Raises: ValueError for a size that cannot be halved `levels` times.
     Source: Rombach et al. 2022, section 3 and appendix G.
@@ -153,7 +159,7 @@ class FirstStage(nn.Module):
 
     @torch.no_grad()
     def latent_std(self, images, batch_size=256):
-        """Standard deviation of all numbers in the unscaled latents of an ImageSet; nan without images.
+        """The standard deviation of all numbers in the unscaled latents of an ImageSet; nan without images.
 
         The sums run over one batch after another, in double precision where the device has it.
         """
@@ -167,7 +173,7 @@ class FirstStage(nn.Module):
             total += z.sum()
             squares += z.square().sum()
         variance = squares / n - (total / n) ** 2
-        return float(variance.clamp(min=0).sqrt())
+        return float(variance.clamp(min=0).sqrt())  # rounding can leave a small negative variance
 
     @torch.no_grad()
     def set_scale(self, images, batch_size=256):
@@ -218,14 +224,16 @@ def known_scale(stage):
 
 # %% ../../nbs/3_autoencoders/11_vqvae.ipynb #vqvae-30
 class CodeFrequencies(nn.Module):
-    """A distribution of grids of indices: each place is drawn by itself.
+    """A distribution of grids of code indices, with each place drawn independently of the others.
 
-    The codes have the frequencies of `counts` `(K,)`. If all counts are zero, all codes are equally likely.
+    A code's probability is proportional to its number in `counts` `(K,)`. If all counts are zero, all codes
+    are equally likely.
     """
 
     def __init__(self, counts, shape):
         super().__init__()
         self.shape = tuple(shape)  # of a grid: (h, w)
+        # `torch.multinomial` refuses weights that are all zero; beside real counts 1e-12 is nothing
         self.register_buffer("counts", counts.clamp(min=1e-12))
 
     def sample(self, n):
@@ -237,7 +245,9 @@ class CodeFrequencies(nn.Module):
 # %% ../../nbs/3_autoencoders/11_vqvae.ipynb #vqvae-36
 @configured
 class VQVAE(FirstStage):
-    """An autoencoder on images in [-1, 1] whose code is a grid of (size/2^levels)² words out of `codes`.
+    """An autoencoder of images in [-1, 1] whose code is a grid of (size/2^levels)² words.
+
+    A word is one of `codes` vectors, which are learnt.
 
     Raises: ValueError for sizes and numbers that do not fit.
     Source: van den Oord et al. 2017, equation 3.
@@ -252,12 +262,12 @@ class VQVAE(FirstStage):
         width=32,  # channels after the first halving; each further one doubles them
         levels=2,  # number of halvings
         decay=0.99,  # γ of the codebook's moving averages, in [0, 1)
-        commitment=0.25,  # β, on the encoder's term
+        commitment=0.25,  # β, the weight of the commitment, which draws the encoder's vectors to their codes
         revive_below=0.05,  # revive codes used less than this share of the average, in [0, 1); 0: never
         attention=(),  # the resolutions, in pixels, that get self-attention
     ):
         super().__init__(size, channels, levels, dim)
-        deep = width * 2 ** (levels - 1)
+        deep = width * 2 ** (levels - 1)  # channels at the coarsest resolution
         self.encoder = nn.Sequential(
             down_layers(size, channels, width, levels, attention),
             nn.Conv2d(deep, dim, kernel_size=1),
@@ -282,23 +292,23 @@ class VQVAE(FirstStage):
         return self.decoder(z_q).to(z_q.dtype)
 
     def image(self, z):
-        "Any vectors `(B, *latent_shape)`, quantised, then decoded."
+        "Images of any vectors `(B, *latent_shape)`, which are quantised before they are decoded."
         indices = self.quantiser.indices(z)
         return self.decode(self.quantiser.lookup(indices))
 
     def encode_indices(self, x):
-        "The words of images: `(B, C, H, W)` to int64 `(B, h, w)`."
+        "The words of images, as indices: `(B, C, H, W)` to int64 `(B, h, w)`."
         return self.quantiser.indices(self.latent(x))
 
     def decode_indices(self, indices):
-        """Images of words int64 `(B, h, w)`.
+        """Images `(B, C, H, W)` of words, which are given as indices, int64 `(B, h, w)`.
 
-        Raises: ValueError for another grid or numbers that are no index.
+        Raises: ValueError for another shape of grid, another dtype, or numbers that are no index of a word.
         """
         codes = len(self.quantiser.codebook)
         grid = self.latent_shape[1:]
         fits = indices.shape[1:] == grid and indices.dtype == torch.int64
-        if fits and len(indices):
+        if fits and len(indices):  # an empty batch has no minimum
             fits = 0 <= indices.min() and indices.max() < codes
         if not fits:
             raise ValueError(
@@ -308,9 +318,10 @@ class VQVAE(FirstStage):
         return self.decode(self.quantiser.lookup(indices))
 
     def loss(self, batch):
-        """A dict of the loss, squared error + β · commitment, its two parts, and the perplexity of the batch.
+        """A dict of scalars: `loss`, its two parts, and the `perplexity` of the batch's words.
 
-        The error is a mean over pixels, channels and batch, the commitment one over the latent's numbers.
+        The loss is `reconstruction` + `commitment`. The first is the squared error, a mean over pixels,
+        channels and batch; the second is β times a mean over all numbers of the batch's latents.
         """
         z_q, indices, commitment = self.quantiser(self.latent(batch.x))
         reconstruction = F.mse_loss(self.decode(z_q), batch.x)
@@ -324,10 +335,10 @@ class VQVAE(FirstStage):
 
     @torch.no_grad()
     def sample(self, n, seeds=None):
-        """Images `(n, C, H, W)` of words that are drawn each by itself, by their frequency in training.
+        """Images `(n, C, H, W)` of words that are each drawn alone, by their frequency in training.
 
-        They are no good ones: for those a prior is needed. With `seeds`, one for each, an image depends on
-        its own seed alone.
+        The images are poor, as no word depends on its neighbours: good ones need a prior over whole grids.
+        With `seeds`, one for each, an image depends on its own seed alone.
         """
         words = CodeFrequencies(self.quantiser.count, self.latent_shape[1:])
         return self.decode_indices(draw_codes(words, n, seeds))
@@ -335,7 +346,9 @@ class VQVAE(FirstStage):
 # %% ../../nbs/3_autoencoders/11_vqvae.ipynb #vqvae-42
 @torch.no_grad()
 def codebook_usage(model, images, batch_size=256):
-    """How often each code of a VQ-VAE is used for an ImageSet: `(counts int64 (K,), perplexity)`.
+    """How often each code of a VQ-VAE is used for an ImageSet: the pair of counts and their perplexity.
+
+    The counts are int64 `(K,)`, the perplexity is a float.
 
     Raises: ValueError for no images.
     """
@@ -343,6 +356,7 @@ def codebook_usage(model, images, batch_size=256):
         raise ValueError("codebook usage needs at least one image")
 
     def words(pixels):
+        "The indices of the words of a batch of uint8 images."
         return model.encode_indices(to_float(pixels))
 
     indices = map_batches(words, images.images, batch_size, model.quantiser.count.device)

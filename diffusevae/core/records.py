@@ -177,7 +177,6 @@ def claim_folder(run_dir, notebook, parameters):
             "choose another folder, or delete this one to start over"
         )
     # in our own process, the cell that starts the run was executed again
-    # the process of the run itself may begin it again, for example by executing `begin_run` a second time
     if record["status"] == "running" and record["pid"] != os.getpid():
         raise ValueError(
             f"{run_dir} is being run by process {record['pid']} on {record['host']}; "
