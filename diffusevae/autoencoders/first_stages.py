@@ -28,22 +28,24 @@ from ..core.parameters import at_least, choice
 
 # %% ../../nbs/3_autoencoders/12_first_stages.ipynb #first-stages-14
 def adaptive_weight(reconstruction, adversarial, last):
-    """The weight λ = ‖∇ reconstruction‖ / ‖∇ adversarial‖, with gradients at `last`, a layer's weight.
+    """The weight λ = ‖∇ reconstruction‖ / ‖∇ adversarial‖ of the adversarial loss, a detached scalar.
 
-    It is a detached scalar, at most 10,000.
+    `reconstruction` and `adversarial` are losses, and the gradients are those at `last`, a layer's weight.
+    Where the adversarial gradient almost vanishes, λ is held at 10,000.
 
     Source: Esser et al. 2021, equation 7, δ = 1e-6.
     """
-    (of_reconstruction,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
-    (of_adversarial,) = torch.autograd.grad(adversarial, last, retain_graph=True)
-    ratio = of_reconstruction.norm() / (of_adversarial.norm() + 1e-6)
+    # both graphs stay, for the step down the weighted sum
+    (reconstruction_gradient,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
+    (adversarial_gradient,) = torch.autograd.grad(adversarial, last, retain_graph=True)
+    ratio = reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-6)
     return ratio.clamp(max=1e4).detach()
 
 # %% ../../nbs/3_autoencoders/12_first_stages.ipynb #first-stages-17
 class GaussianStage(FirstStage):
     """A first stage with a normal distribution at each place of a grid.
 
-    It needs `encoder`, `quant_conv`, `post_quant_conv` and `decoder`.
+    A subclass has the layers: `encoder` and `quant_conv`, then `post_quant_conv` and `decoder`.
     """
 
     def encode(self, x):
@@ -53,13 +55,14 @@ class GaussianStage(FirstStage):
         """
         check_images(self, x)
         parameters = self.quant_conv(self.encoder(x)).to(x.dtype)
-        return normal_from_parameters(parameters, -30, 20)  # the published bounds of the log-variance
+        # the published bounds of the log-variance
+        return normal_from_parameters(parameters, least=-30, most=20)
 
     def decode(self, z):
-        "x̂ of unscaled latents: `(B, C, size, size)`."
+        "Images x̂ `(B, C, size, size)` of unscaled latents `(B, *latent_shape)`."
         return self.decoder(self.post_quant_conv(z)).to(z.dtype)
 
-    image = decode
+    image = decode  # the name in a `FirstStage`
 
     def latent(self, x):
         "The mean of q(z | x), `(B, *latent_shape)`."
@@ -67,13 +70,13 @@ class GaussianStage(FirstStage):
 
     @torch.no_grad()
     def sample(self, n, seeds=None):
-        """Images of scaled latents from N(0, I), `(n, C, size, size)`.
+        """Images `(n, C, size, size)` of scaled latents that are drawn from N(0, I).
 
-        They are no good ones: for those a model of the latents is needed. With `seeds`, one for each, an
-        image depends on its own seed alone.
+        The images are poor, as latents have another distribution: good ones need a model of that. With
+        `seeds`, one for each, an image depends on its own seed alone.
         Raises: ValueError before `set_scale`, or unless there are `n` seeds.
         """
-        numbers = torch.Size(self.latent_shape).numel()
+        numbers = torch.Size(self.latent_shape).numel()  # in a latent
         prior = StandardNormal(numbers).to(self.scale.device)
         z = draw_codes(prior, n, seeds).unflatten(1, self.latent_shape)
         return self.from_latent(z)
@@ -83,7 +86,8 @@ class GaussianStage(FirstStage):
 class KLAutoEncoder(GaussianStage):
     """A first stage on images in [-1, 1] with a grid of Gaussian latents, each side 2^levels times shorter.
 
-    With `adversarial` it is a system of two players, with `optimizers` and `step`.
+    With `adversarial` above 0 the system has two players, the autoencoder and a critic of its images, and it
+    gets the methods `optimizers` and `step`.
 
     Raises: ValueError for what does not fit.
     Source: Rombach et al. 2022, appendix G, equation 25; with a critic Esser et al. 2021, section 3.1.
@@ -99,7 +103,7 @@ class KLAutoEncoder(GaussianStage):
         kl_weight=1e-6,  # λ_KL
         norm=2,  # p, 1 for absolute errors, 2 for squared ones
         perceptual=0.0,  # λ_p, 0 for no perceptual distance
-        adversarial=0.0,  # multiplies λ of the critic's judgement, 0 for no critic
+        adversarial=0.0,  # weight of the critic's judgement, times the adaptive λ; 0 for no critic
         start=1000,  # steps before the critic joins
         features=None,  # of the perceptual distance: digits (default for grey) or lpips (for colour)
         attention=(),  # the resolutions, in pixels, that get self-attention
@@ -112,16 +116,17 @@ class KLAutoEncoder(GaussianStage):
         self.adversarial = adversarial
         self.start = start
         self.features = features or ("digits" if channels == 1 else "lpips")
-        # one at most; nn.Module does not look into a list, so the distance is no part of the model
+        # `distance` puts its module here; nn.Module does not look into a list, so it is no part of the model
         self.distances = []
-        deep = width * 2 ** (levels - 1)
+        deep = width * 2 ** (levels - 1)  # channels at the coarsest resolution
         self.encoder = down_layers(size, channels, width, levels, attention)
         self.quant_conv = nn.Conv2d(deep, 2 * latent_channels, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(latent_channels, deep, kernel_size=3, padding=1)
         self.decoder = up_layers(size, channels, width, levels, attention)
         if adversarial:
-            halvings = min(3, max(1, size.bit_length() - 4))  # 1 for 16 pixels, 2 for 32, 3 from 64 on
-            self.critic = PatchDiscriminator(channels, width, layers=halvings)
+            # larger patches for larger images: 1 layer below 32 pixels, 2 below 64, 3 from 64 on
+            layers = min(3, max(1, size.bit_length() - 4))
+            self.critic = PatchDiscriminator(channels, width, layers=layers)
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
             # only a system of two players has these, which is how the training loop knows it
             self.optimizers = self._optimizers_of_both
@@ -135,22 +140,27 @@ class KLAutoEncoder(GaussianStage):
         return self.distances[0]
 
     def terms(self, x):
-        "The loss without the critic and its parts, as a dict, and x̂ of a code drawn from q(z | x)."
+        """Two things: a dict of the loss, without the critic's part, and its terms; and the images x̂.
+
+        x̂ `(B, C, size, size)` are decoded from a latent drawn from q(z | x).
+        """
         q = self.encode(x)
         x_hat = self.decode(q.rsample())
         reconstruction = (x_hat - x).abs().pow(self.norm).mean()
-        kl = kl_divergence(q.base_dist, Normal(0.0, 1.0)).mean()
+        kl = kl_divergence(q.base_dist, Normal(0.0, 1.0)).mean()  # `base_dist` has one KL for each number
         parts = {"reconstruction": reconstruction, "kl": kl}
         loss = reconstruction + self.kl_weight * kl
         if self.perceptual:
-            parts["perceptual"] = self.distance().to(x.device)(x_hat, x).mean()
+            distance = self.distance().to(x.device)
+            parts["perceptual"] = distance(x_hat, x).mean()
             loss = loss + self.perceptual * parts["perceptual"]
         return {"loss": loss, **parts}, x_hat
 
     def loss(self, batch):
-        """A dict of the loss, squared (`norm` 1: absolute) error + perceptual + KL, and of its parts.
+        """A dict of scalars: the `loss`, without the critic's part, and its terms, each without its weight.
 
-        The critic is left out. Each part is a mean, the KL in nats one over the latent's numbers.
+        They are `reconstruction`, the mean squared error, or absolute error with `norm` 1; `kl`, in nats, a
+        mean over all numbers of the latents; and `perceptual`, a mean over the images, if it has a weight.
         """
         terms, _ = self.terms(batch.x)
         return terms
@@ -165,12 +175,12 @@ class KLAutoEncoder(GaussianStage):
         ]
 
     def _step_of_both(self, batch, optimizers):
-        """One step of the autoencoder and, after `start` steps, one of its critic with the hinge loss.
+        """Make a step of the autoencoder and, after `start` steps, one of its critic with the hinge loss.
 
-        It returns a dict of all terms. Its "loss" leaves out the critic's part, which the step
-        minimises with it: "weight" · "fooling".
+        Returns a dict of all terms. With the critic the autoencoder minimises `loss` + `weight` · `fooling`,
+        without the critic `loss` alone.
         """
-        of_autoencoder, of_critic = optimizers
+        autoencoder_optimizer, critic_optimizer = optimizers
         with_critic = self.steps >= self.start
         terms, x_hat = self.terms(batch.x)
         total = terms["loss"]
@@ -181,18 +191,18 @@ class KLAutoEncoder(GaussianStage):
             ratio = adaptive_weight(total, terms["fooling"], convolutions[-1].weight)
             terms["weight"] = self.adversarial * ratio
             total = total + terms["weight"] * terms["fooling"]
-        descend(of_autoencoder, total)
+        descend(autoencoder_optimizer, total)
         if with_critic:
             both = torch.cat([batch.x, x_hat.detach()])
             real, fake = self.critic(both).chunk(2)
             terms["critic"] = hinge_d(real, fake)
-            descend(of_critic, terms["critic"])
+            descend(critic_optimizer, terms["critic"])
         self.steps += 1
         return terms
 
 # %% ../../nbs/3_autoencoders/12_first_stages.ipynb #first-stages-34
 def _named(**layers):
-    "An `nn.Sequential` of layers with names in place of numbers."
+    "An `nn.Sequential` of the given layers, with their keywords as names in place of numbers."
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -214,7 +224,7 @@ def _middle(channels):
 
 
 def published_encoder(c_in, c_out, widths, blocks):
-    """The encoder of KL-f4 and KL-f8, but for the groups of its normalisations.
+    """The encoder of KL-f4 and KL-f8, but for the settings of its normalisations, which `KLF` makes.
 
     Images `(B, c_in, H, W)` become `(B, c_out, H/f, W/f)` with f = 2^(len(widths) − 1). `widths` are the
     levels' numbers of channels, the finest first; each level has `blocks` residual blocks.
@@ -225,7 +235,7 @@ def published_encoder(c_in, c_out, widths, blocks):
     for i, width in enumerate(widths):
         level = _level(previous, width, blocks)
         if i < len(widths) - 1:
-            level.add_module("downsample", downsample(width, width, "same"))
+            level.add_module("downsample", downsample(width, width, resample="same"))
         levels[str(i)] = level
         previous = width
     middle = _middle(widths[-1])
@@ -240,7 +250,7 @@ def published_encoder(c_in, c_out, widths, blocks):
 
 
 def published_decoder(c_in, c_out, widths, blocks):
-    """The decoder of KL-f4 and KL-f8, but for the groups of its normalisations.
+    """The decoder of KL-f4 and KL-f8, but for the settings of its normalisations, which `KLF` makes.
 
     Latents `(B, c_in, h, w)` become `(B, c_out, f·h, f·w)` with f = 2^(len(widths) − 1). `widths` are the
     levels' numbers of channels, the coarsest first; each level has `blocks` residual blocks.
@@ -253,7 +263,7 @@ def published_decoder(c_in, c_out, widths, blocks):
         level = _level(previous, width, blocks)
         if i < finest:
             level.add_module("upsample", upsample(width, width))
-        levels[str(finest - i)] = level
+        levels[str(finest - i)] = level  # the published decoder counts its levels from the finest
         previous = width
     middle = _middle(widths[0])
     return _named(
@@ -268,9 +278,10 @@ def published_decoder(c_in, c_out, widths, blocks):
 # %% ../../nbs/3_autoencoders/12_first_stages.ipynb #first-stages-35
 @configured
 class KLF(GaussianStage):
-    """The published networks, to load and to use; f = 2^(len(multipliers) − 1).
+    """A first stage with the published networks, whose weights `load_published` loads.
 
-    KL-f4 is `multipliers=(1, 2, 4), z_channels=3`; KL-f8 is `multipliers=(1, 2, 4, 4), z_channels=4`.
+    KL-f4 is `multipliers=(1, 2, 4), z_channels=3`; KL-f8 is `multipliers=(1, 2, 4, 4), z_channels=4`. The
+    number f = 2^(len(multipliers) − 1) says how many times shorter a side of the latent is.
 
     Raises: ValueError for a `ch` that 32 does not divide, less than two multipliers, or a size that cannot
     be halved so often.
@@ -298,13 +309,14 @@ class KLF(GaussianStage):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=1)
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
-                # as published; `group_norm` chooses other ones
+                # the published values; `group_norm` has chosen others
                 module.num_groups = 32
                 module.eps = 1e-6
         self.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/3_autoencoders/12_first_stages.ipynb #first-stages-38
-# names of the original, of diffusers, new and old, and of whole models → ours; applied one after another
+# Patterns that turn the name of a tensor into ours, applied one after another. The names may be those of the
+# original, alone or within a whole latent diffusion model, or of diffusers, in its new and its old version.
 layout_patterns = {
     r"^first_stage_model\.": "",
     r"\.mid_block\.resnets\.0\.": ".mid.block_1.",
@@ -322,15 +334,16 @@ layout_patterns = {
 
 
 def published_name(name, levels):
-    """The name in the published layout, which is that of `KLF`, of a tensor that a file calls `name`.
+    """The name that `KLF` has, as the original does, for a tensor that a file calls `name`.
 
     The file may be of any layout in `layout_patterns`; a name of no layout is returned unchanged. diffusers
-    counts its `up_blocks` from the other end: block i of `levels` is the published block `levels` - 1 - i.
+    counts the `levels` of the decoder from the other end: its `up_blocks.i` is our `up.{levels - 1 - i}`.
     """
     for pattern, replacement in layout_patterns.items():
         name = re.sub(pattern, replacement, name)
 
     def from_the_other_end(match):
+        "Our name of the level of the decoder that diffusers numbers `match[1]`."
         return f".up.{levels - 1 - int(match[1])}."
 
     return re.sub(r"\.up_blocks\.(\d+)\.", from_the_other_end, name)
@@ -353,34 +366,40 @@ def read_tensors(path):
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
+        # the file of a whole training has its tensors under this key
         content = content.get("state_dict", content)
         return {name: value for name, value in content.items() if torch.is_tensor(value)}
     except Exception as e:  # the readers raise many kinds
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        message = str(e) or type(e).__name__  # some errors have no text
+        reason = message.splitlines()[0]
         raise ValueError(
             f"{path} holds no plain tensors ({reason}); convert it to safetensors where you trust it"
         ) from e
 
 # %% ../../nbs/3_autoencoders/12_first_stages.ipynb #first-stages-41
 def joined_qkv(tensors):
-    """The `tensors` of a state dict, those of an attention's queries, keys and values joined as `qkv`.
+    """The `tensors` of a state dict, with an attention's queries, keys and values joined to one tensor.
 
-    Where all three are there, names with `.q.`, `.k.` and `.v.` become one with `.qkv.`, joined along axis 0.
+    Three tensors whose names differ in `.q.`, `.k.` and `.v.` only become one, along axis 0, with `.qkv.` in
+    its name. Where one of the three is missing, the others stay as they are.
     """
-    tensors = dict(tensors)
+    tensors = dict(tensors)  # a copy, as entries are taken out below
     for name in list(tensors):
         if ".q." not in name:
             continue
         three = [name.replace(".q.", f".{letter}.") for letter in "qkv"]
         if all(part in tensors for part in three):
-            tensors[name.replace(".q.", ".qkv.")] = torch.cat([tensors.pop(part) for part in three])
+            joined = torch.cat([tensors[part] for part in three])
+            for part in three:
+                del tensors[part]
+            tensors[name.replace(".q.", ".qkv.")] = joined
     return tensors
 
 
 def load_published(model, path):
     """Load a file of any of the published layouts into a `KLF`, whose `scale` is unset afterwards.
 
-    It returns the names of the file's tensors that are of no use here, in our spelling.
+    Returns the names of the file's tensors that are no part of a `KLF`, as `published_name` gives them.
     Raises: FileNotFoundError where there is no file; ValueError for a file without plain tensors, or with
     tensors that are missing, unknown or of another shape, the first of which it names. Then the model stays
     as it was.
@@ -390,7 +409,8 @@ def load_published(model, path):
     prefixes = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     ours = {name: value for name, value in renamed.items() if name.startswith(prefixes)}
     for name, value in ours.items():
-        if value.ndim == 2:  # linear layers are 1 × 1 convolutions here
+        if value.ndim == 2:  # of a linear layer; here it is a 1 × 1 convolution
             ours[name] = value[:, :, None, None]
-    restore(model, {**joined_qkv(ours), "scale": torch.zeros_like(model.scale)}, path)
+    unset_scale = torch.zeros_like(model.scale)
+    restore(model, {**joined_qkv(ours), "scale": unset_scale}, source=path)
     return sorted(name for name in renamed if not name.startswith(prefixes))
