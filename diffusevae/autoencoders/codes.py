@@ -48,7 +48,7 @@ def slerp(a, b, share):
     """The code at a `share` of the arc from code a to code b, all `(…, d)`: share 0 gives a, 1 gives b.
 
     Codes that point the same or the opposite way, or nearly so, are mixed linearly, since the formula of the
-    arc is 0/0 there. So are codes that are zero.
+    arc is 0/0 there.
 
     Source: Shoemake 1985, section 3.3.
     """
