@@ -20,7 +20,10 @@ from .core.parameters import find_notebook, notebooks_folder, parameters_of, par
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-05
 def pair(word):
-    "The two texts (name, value) of a `word` that is name=value. Raises: argparse's error for another word."
+    """The pair of texts (name, value) of a `word` of the form name=value.
+
+    Raises: argparse.ArgumentTypeError for any other word.
+    """
     name, sign, value = word.partition("=")
     if not sign or not name:
         raise argparse.ArgumentTypeError(f"a parameter is written name=value, got {word!r}")
@@ -33,7 +36,7 @@ def typed_parameters(pairs, notebook_names):
     `pairs` are texts (name, value).
     Raises: ValueError for a name that none of the notebooks takes, or a value that does not fit its type.
     """
-    spec = {}
+    spec = {}  # what the notebooks declare, by the parameters' names
     for notebook in notebook_names:
         spec |= parameters_of(find_notebook(notebook))
     return {name: parse_parameter(name, text, spec) for name, text in pairs}
@@ -91,9 +94,9 @@ def comment_of(recipe):
 
 
 def first_words(path):
-    "A line that describes a file: a run notebook's heading, or the first sentence of a recipe's comment."
+    "A line that describes the file at `path`: a run notebook's heading, or a recipe's first sentence."
     if path.suffix == ".yaml":
-        # A sentence ends with . : or ?, but not with the dot of "et al."
+        # A sentence ends where a space follows . : or ?, but not after the dot of "et al."
         sentences = re.split(r"(?<=[.:?])(?<!al\.) ", comment_of(path))
         return sentences[0].rstrip(".:")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -140,12 +143,13 @@ def status_command(options):
     "`diffusevae status DIR`: what the records under a folder say, a line a run."
     from diffusevae.core import records
 
-    found = sorted(Path(options.folder).glob("**/record.json"))
-    if not found:
+    files = sorted(Path(options.folder).glob("**/record.json"))
+    if not files:
         raise ValueError(f"no record under {options.folder}; give the folder of a run or of a study")
-    for path in found:
-        record = records.read_record(path.parent)
-        line = f"{path.parent}: {record['status']}"
+    for file in files:
+        folder = file.parent
+        record = records.read_record(folder)
+        line = f"{folder}: {record['status']}"
         progress = record["progress"]
         if progress:
             line += f" {progress['what']} {progress['step']}/{progress['total']}"
@@ -165,9 +169,9 @@ def study_provenance(study):
     record = records.read_record(study) or {}
     provenance = {key: record.get(key) for key in ("parameters", "start", "end", "device", "versions", "git")}
     provenance["training"] = {}
-    for name, of_run in records.records_of_study(study).items():
-        metrics = of_run["metrics"]
-        if "seconds" in metrics:
+    for name, run_record in records.records_of_study(study).items():
+        metrics = run_record["metrics"]
+        if "seconds" in metrics:  # so the run is a training
             provenance["training"][name] = {"steps": metrics["steps"], "seconds": metrics["seconds"]}
     return provenance
 
@@ -223,8 +227,13 @@ def _add_compare(commands):
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-21-shared
 def _add_command(commands, name, serve):
-    "Add a sub-command that calls the function `serve`, and return it; its help is the docstring of `serve`."
-    command = commands.add_parser(name, help=serve.__doc__.partition(": ")[2], description=serve.__doc__)
+    """Add a sub-command that calls the function `serve`, and return the parser of the sub-command.
+
+    Its description is the docstring of `serve`; its help, a line in the list of all sub-commands, is what
+    follows the colon there.
+    """
+    _, _, after_colon = serve.__doc__.partition(": ")
+    command = commands.add_parser(name, help=after_colon, description=serve.__doc__)
     command.set_defaults(serve=serve)
     return command
 
@@ -246,7 +255,7 @@ def _add_out_and_parameters(command):
 
 # %% ../nbs/7_course/02_cli.ipynb #cli-22
 def parser():
-    "The argument parser of `diffusevae`. Its result has `serve`, the function to call with that result."
+    "The argument parser of `diffusevae`. The options it reads have `serve`, the function that takes them."
     grammar = argparse.ArgumentParser(
         "diffusevae", description="Run notebooks and studies of the DiffuseVAE kit."
     )
@@ -274,7 +283,7 @@ def main(argv=None):
         print(f"diffusevae: {e}", file=sys.stderr)
         return 2
     except RuntimeError as e:
-        from diffusevae.core.runs import RunFailed
+        from diffusevae.core.runs import RunFailed  # a RuntimeError; imported late, as it brings in torch
 
         if not isinstance(e, RunFailed):
             raise

@@ -118,27 +118,33 @@ def parameter_table(records, notebooks):
     The table has a row for each parameter and a column for each run; the sign – says that a run has no such
     parameter. Without such a run the table is an empty string.
     """
-    parameters = {run: r["parameters"] for run, r in records.items() if r["notebook"].startswith(notebooks)}
-    if not parameters:
+    columns = {}  # for each run its parameters, by name
+    for run, record in records.items():
+        if record["notebook"].startswith(notebooks):
+            columns[run] = record["parameters"]
+    if not columns:
         return ""
-    names = {}  # a dict, as a set that keeps its order
-    for of_run in parameters.values():
-        names |= dict.fromkeys(of_run)
+    names = {}  # the parameters' names, as keys: a set would not keep their order
+    for parameters in columns.values():
+        names |= dict.fromkeys(parameters)
     names.pop("run_dir", None)  # the folder of the run says nothing about what it does
     rows = []
     for name in names:
-        values = [of_run.get(name, "–") for of_run in parameters.values()]
+        values = [parameters.get(name, "–") for parameters in columns.values()]
         rows.append([f"`{name}`", *values])
-    return markdown_table(["parameter", *parameters], rows)
+    return markdown_table(["parameter", *columns], rows)
 
 # %% ../../nbs/7_course/01_report.ipynb #report-19
 def loss_curves(records):
     "A figure with the losses of every run whose record lists a log; None when there is no such run."
-    logs = {run: read_log(record["folder"]) for run, record in records.items() if artefact(record, "log")}
+    logs = {}
+    for run, record in records.items():
+        if artefact(record, "log"):
+            logs[run] = read_log(record["folder"])
     if not logs:
         return None
     columns = min(2, len(logs))
-    fig, axs = plots.axes(columns=columns, rows=math.ceil(len(logs) / 2), width=3.6)
+    fig, axs = plots.axes(columns=columns, rows=math.ceil(len(logs) / columns), width=3.6)
     for ax, (run, log) in zip(axs, logs.items()):
         _draw_losses(ax, log)
         positive = all(row["loss"] > 0 for row in log)  # only then can the axis be logarithmic
@@ -148,7 +154,7 @@ def loss_curves(records):
 
 
 def _draw_losses(ax, log):
-    "Draw the losses of a `log` over the step: in training a solid line, in validation a dashed one."
+    "Draw the losses of a `log` over the steps: a solid line for training, a dashed one for validation."
     styles = {"loss": "-", "validation_loss": "--"}
     for color, (key, linestyle) in zip(plots.palette, styles.items()):
         rows = [row for row in log if key in row]
@@ -269,7 +275,7 @@ def compose(study, results, folder, title="A study"):
     records, gaps = study_records(study)
     # the run that writes this report cannot be completed yet: that is no gap
     gaps = {run: reason for run, reason in gaps.items() if not run.startswith("report")}
-    parts = [provenance_sentence(records)]
+    parts = [provenance_sentence(records)]  # paragraphs of Markdown, some of them empty
     parts += [missing_figure(f"`{run}`", [reason]) for run, reason in gaps.items()]
     for name, text, kind in _sections(records, results, folder):
         parts.append(f"## {name}")
@@ -290,13 +296,14 @@ def provenance_sentence(records):
     "A sentence on when, on which device and with which code the runs were made; empty for no runs."
     if not records:
         return ""
-    of_runs = list(records.values())
-    start = min(record["start"] for record in of_runs)
-    end = max(record["end"] or record["start"] for record in of_runs)
-    commits = ", ".join(sorted({_commit(record["git"]) for record in of_runs}))
-    last = of_runs[-1]  # its device and its versions stand for those of all runs
+    runs = list(records.values())
+    start = min(run["start"] for run in runs)
+    end = max(run["end"] or run["start"] for run in runs)  # a run without an end counts with its start
+    commits = sorted({_commit(run["git"]) for run in runs})
+    code = ", ".join(commits)
+    last = runs[-1]  # its device and its versions stand for those of all runs
     versions = ", ".join(f"{package} {version}" for package, version in last["versions"].items())
-    return f"{len(of_runs)} runs from {start} to {end} on {last['device']}; code at {commits}; {versions}."
+    return f"{len(runs)} runs from {start} to {end} on {last['device']}; code at {code}; {versions}."
 
 
 def _commit(git):
@@ -327,7 +334,7 @@ def to_pdf(markdown, folder, path):
 
     arguments = ["--standalone", "-V", f"header-includes={_typst_style}"]
     text = pypandoc.convert_text(markdown, "typst", format="markdown", extra_args=arguments)
-    source = Path(folder) / "report.typ"
+    source = Path(folder) / "report.typ"  # beside the pictures: Typst looks for them from here
     source.write_text(text, encoding="utf-8")
     with whole_file(path) as temporary:
         temporary.write_bytes(typst.compile(str(source)))

@@ -1105,8 +1105,13 @@ def test_averaged_tables_are_noticed(tmp_path, monkeypatch):
 
     with pytest.raises(AssertionError):
         average_beside_schedule(everything)
-    real, tables = training.averages_of, list(Schedule(schedules.cosine(20)).buffers())
-    monkeypatch.setattr(training, "averages_of", lambda parameters, *how: real([*parameters, *tables], *how))
+    real = training.averages_of
+    tables = list(Schedule(schedules.cosine(20)).buffers())
+
+    def averages_with_tables(parameters, *arguments, **keywords):
+        return real([*parameters, *tables], *arguments, **keywords)
+
+    monkeypatch.setattr(training, "averages_of", averages_with_tables)
     with pytest.raises(AssertionError, match="ema"):
         run_without_schedule("ddpm", tmp_path)
 
