@@ -30,7 +30,9 @@ import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import stamps
+from forks import import_libraries
 from notebooks import NBS, ROOT, notebooks, one_thread
 from yardstick import WORKERS, slowness
 
@@ -80,25 +82,18 @@ def differences(before, after):
     return found
 
 
-def least(knob):
-    "The value that a knob has at its one end."
-    return knob.options[0] if hasattr(knob, "options") else knob.min
-
-
-def most(knob):
-    "The value that a knob has at its other end; of a menu, its second entry."
-    return knob.options[1] if hasattr(knob, "options") else knob.max
+def ends(knob):
+    "The two values between which a knob is moved: both ends of a slider, the first two entries of a menu."
+    if hasattr(knob, "options"):
+        return knob.options[0], knob.options[1]
+    return knob.min, knob.max
 
 
 def there_and_back(knob, image, limit):
-    "Move a knob to its other end and back; what is wrong with its answers, one phrase each."
-    first, second = least(knob), most(knob)
-    if hasattr(knob, "options"):
-        near_first = knob.value == first
-    else:
-        near_first = knob.value < (first + second) / 2
+    "Move a knob to one of its ends and to the other; what is wrong with its answers, one phrase each."
+    first, second = ends(knob)
     found = []
-    for value in (second, first) if near_first else (first, second):
+    for value in (first, second) if knob.value == second else (second, first):
         before = image.value
         started = time.process_time()
         knob.value = value
@@ -114,7 +109,7 @@ def drive(box, limit):
     """Move every knob of a widget; what is wrong with its answers, one phrase each.
 
     What a knob does may depend on the others: it has to answer with them where the lesson has left them, or
-    with all of them at their least.
+    with all of them at their first ends.
     """
     *knobs, image = box.children
     found = []
@@ -122,7 +117,7 @@ def drive(box, limit):
         wrong = there_and_back(knob, image, limit)
         if wrong:
             for other in knobs:
-                other.value = least(other)
+                other.value, _ = ends(other)
             wrong = there_and_back(knob, image, limit)
         found += wrong
     return found
@@ -167,14 +162,6 @@ def serve(path, slow, answer):
 # ---------------------------------------------------------------- all lessons
 
 
-def import_libraries():
-    "Import what most lessons need, so that their forks find it there."
-    sys.path.insert(0, str(ROOT / "tests"))
-    from forks import import_libraries
-
-    import_libraries()
-
-
 def run_all(paths, slow):
     "Run lessons, two at a time; yields `(path, what is wrong, CPU seconds)` as each ends."
     forking = multiprocessing.get_context("fork")
@@ -202,10 +189,10 @@ def run_all(paths, slow):
                 process.kill()
 
 
-def test(paths, seed):
+def test(paths, seed, slow):
     "Run lessons in a random order and print how each went; whether all passed."
     seconds = json.loads(SECONDS.read_text()) if SECONDS.is_file() else {}  # of lessons that do not run now
-    slow = slowness()
+    as_tested = {path: stamps.stamp(path) for path in paths}  # they may be edited meanwhile
     print(f"{len(paths)} lessons in a random order, seed {seed}", flush=True)
     print(f"this machine takes {slow:.2f} times as long as the one that the limits were set on", flush=True)
     random.Random(seed).shuffle(paths)
@@ -219,7 +206,7 @@ def test(paths, seed):
         if found:
             failed.append(path.name)
         else:
-            stamps.keep(path)
+            stamps.keep({path: as_tested[path]})
     SECONDS.write_text(json.dumps(seconds, indent=1, sort_keys=True) + "\n")
     if failed:
         print(f"failed: {', '.join(failed)}; again in this order: .ci/lessons.py --seed {seed}")
@@ -232,6 +219,7 @@ def main():
     parser.add_argument("paths", nargs="*", type=Path, help="lessons (default: all)")
     parser.add_argument("--seed", type=int, help="of the order (default: another one each time)")
     parser.add_argument("--changed", action="store_true", help="only what could have changed since it passed")
+    parser.add_argument("--slowness", type=float, help="of this machine (default: it is measured)")
     options = parser.parse_args()
     one_thread()
     paths = [path.resolve() for path in options.paths] or notebooks()
@@ -239,7 +227,7 @@ def main():
         paths = stamps.changed(paths)
     seed = random.randrange(10_000) if options.seed is None else options.seed
     os.chdir(NBS)
-    return 0 if test(paths, seed) else 1
+    return 0 if test(paths, seed, options.slowness or slowness()) else 1
 
 
 if __name__ == "__main__":

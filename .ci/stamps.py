@@ -128,7 +128,10 @@ def changed(paths):
     return [path for path in paths if stamps.get(path.relative_to(ROOT).as_posix()) != stamp(path)]
 
 
-def keep(path):
-    "Remember that a lesson or a file of tests has passed as it is now."
-    stamps = {**kept(), path.relative_to(ROOT).as_posix(): stamp(path)}
-    STAMPS.write_text(json.dumps(stamps, indent=1, sort_keys=True) + "\n")
+def keep(passed):
+    """Remember the stamps of what has passed, {path: stamp}.
+
+    They are those from before the run, since files may be edited while it lasts.
+    """
+    named = {path.relative_to(ROOT).as_posix(): own for path, own in passed.items()}
+    STAMPS.write_text(json.dumps({**kept(), **named}, indent=1, sort_keys=True) + "\n")

@@ -18,13 +18,13 @@ from yardstick import WORKERS, slowness
 SPEED = "tests/peers/test_speed.py"  # compares times, so nothing else may run beside it
 
 
-def parts(changed):
+def parts(changed, slow):
     "The parts of the tests as (name, arguments of python, its own environment)."
     only_changed = ["--changed"] if changed else []
     pytest = ["-m", "pytest", *only_changed]
     several = ["-n", str(WORKERS), "--dist", "loadfile", "--ignore", SPEED, "tests"]
     return (
-        ("lessons", [".ci/lessons.py", *only_changed], {}),
+        ("lessons", [".ci/lessons.py", "--slowness", str(slow), *only_changed], {}),
         ("speed", [*pytest, SPEED], {}),
         ("whole runs, rooms, peers, browser", [*pytest, *several], {"OMP_NUM_THREADS": "1"}),
     )
@@ -49,7 +49,7 @@ def main():
         return "CI runs all tests: leave CHANGED out there"
     slow = slowness()
     started = time.monotonic()
-    failed = [part[0] for part in parts(changed) if not run(*part)]
+    failed = [part[0] for part in parts(changed, slow) if not run(*part)]
     minutes = (time.monotonic() - started) / 60
     slow = max(slow, slowness())  # other work may have come meanwhile
     print(

@@ -37,6 +37,14 @@ def _has_stamp(path):
 
 
 outcomes = defaultdict(set)  # of the tests in each file: passed, skipped, failed
+as_tested = {}  # the stamp of each file when the tests began: it may be edited meanwhile
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):  # a worker of xdist reports to the session that started it
+        for path in (ROOT / "tests").rglob("test_*.py"):
+            if _has_stamp(path):
+                as_tested[path] = stamps.stamp(path)
 
 
 def pytest_runtest_logreport(report):
@@ -47,12 +55,10 @@ def pytest_sessionfinish(session):
     "Stamp the files of which all tests have run and none has failed."
     config = session.config
     whole = not (config.option.keyword or config.option.markexpr or session.shouldstop or session.shouldfail)
-    if hasattr(config, "workerinput") or not whole or any("::" in name for name in config.args):
-        return  # a worker of xdist reports to the session that has started it
-    for name, kinds in outcomes.items():
-        path = ROOT / name
-        if _has_stamp(path) and "failed" not in kinds:
-            stamps.keep(path)
+    if not whole or any("::" in name for name in config.args):
+        return
+    passed = [ROOT / name for name, kinds in outcomes.items() if "failed" not in kinds]
+    stamps.keep({path: as_tested[path] for path in passed if path in as_tested})
 
 
 # ---------------------------------------------------------------- fixtures

@@ -8,7 +8,6 @@ __all__ = ['spacings', 'samplers_by_name', 'distinct', 'timesteps', 'Noise', 'st
            'dpm_solver', 'heun', 'sampler_by_name', 'Walk', 'ddim_invert']
 
 # %% ../../nbs/4_diffusion/08_samplers.ipynb #samplers-03
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from ..core.parameters import at_least, choice
+from ..core.parameters import at_least, choice, unknown_name
 from ..core.pixels import column
 from .process import posterior_weights
 from .schedules import even_log_snr
@@ -520,9 +519,7 @@ class Walk(Mapping):
         names = [field.name for field in fields(cls)]
         for name in keywords:
             if name not in names:
-                similar = difflib.get_close_matches(name, names, n=1)
-                proposal = f", did you mean {similar[0]!r}?" if similar else ";"
-                raise TypeError(f"a walk has no {name!r}{proposal} there are: {', '.join(names)}")
+                raise TypeError(f"a walk has no {unknown_name(name, names)}")
         return super().__new__(cls)
 
     def __post_init__(self):
